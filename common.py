@@ -1,0 +1,760 @@
+"""Small helpers shared by the scripts. None of them is a method's idea, and each can be pasted alone.
+
+Order: errors, processes and seeds; data; colour on whole batches; backbones and their weights; optimisation;
+what a run writes.
+"""
+
+import atexit
+import difflib
+import hashlib
+import json
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+import torch.distributed as dist
+import torchvision
+from PIL import Image
+from torch import Tensor, nn
+from tqdm import tqdm
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+
+# --------------------------------------------------------------------------------------------------
+# Errors, processes, seeds
+# --------------------------------------------------------------------------------------------------
+
+
+def fail(message: str, code: int = 2) -> None:
+    """Ends the program with one line on stderr, once per machine; `code` 2: wrong usage, 1: a failed run."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def check_range(args: object, positive: Sequence[str] = (), not_negative: Sequence[str] = (),
+                unit: Sequence[str] = ()) -> None:
+    """Fails on the first flag out of its range: above 0, at least 0, or in [0, 1]; None passes."""
+    for names, allowed, words in ((positive, lambda value: value > 0, "above 0"),
+                                  (not_negative, lambda value: value >= 0, "at least 0"),
+                                  (unit, lambda value: 0 <= value <= 1, "between 0 and 1")):
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not allowed(value):
+                fail(f"--{name} {value}: must be {words}")
+
+
+@dataclass(frozen=True)
+class Process:
+    """Where this process stands among all of them."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # a CPU group for flags and file names; None when there is one process
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that prints and writes."""
+        return self.rank == 0
+
+
+def init_process(device: str) -> Process:
+    """Joins the other processes that `torch.distributed.run` started, or stands alone without it.
+
+    Args:
+        device: auto, cpu, cuda or mps; auto takes the first there is of cuda, mps, cpu.
+    """
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    name = next(kind for kind, there in found.items() if there) if device == "auto" else device
+    if not found[name]:
+        fail(f"--device {name}: this machine has none")
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            fail(f"--nproc_per_node: more processes than this machine's GPUs, {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+    control = None
+    if world_size > 1:
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        control = dist.new_group(backend="gloo")
+    return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), control)
+
+
+def stream_seed(*parts: int | str) -> int:
+    """A 56-bit seed from any numbers and names; the same parts give the same seed everywhere."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
+    """The dtype to autocast to under `--amp` (auto, bf16, fp16, off) on `device`; None for no autocast."""
+    if amp == "auto":
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bf16 else None
+    if amp == "fp16" and device.type != "cuda":
+        fail(f"--amp fp16: only on cuda, this is {device.type}")
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+# --------------------------------------------------------------------------------------------------
+# Data: files, samples, batches
+# --------------------------------------------------------------------------------------------------
+
+
+class UnreadableImageError(Exception):
+    """An image file that cannot be decoded; the message names file and reason."""
+
+
+def list_images(root: str | Path) -> list[str]:
+    """Paths of all images below `root` at any depth, links followed, in an order no file system changes."""
+    if not os.path.isdir(root):
+        fail(f"--data_path {root}: no such folder")
+    paths = []
+    for folder, _, names in os.walk(root, followlinks=True):
+        paths += [os.path.join(folder, name) for name in names
+                  if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+    if not paths:
+        fail(f"--data_path {root}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return sorted(paths)
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Decodes a file to uint8 RGB, 3 x H x W, in channels_last memory (fast to crop and resize).
+
+    Raises:
+        UnreadableImageError: the file is damaged, no image, gone, or has more than 8 bits per channel.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError("16-bit or float pixels: stretch them to 8 bits first")
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception as error:  # decoders raise almost anything on damaged bytes
+        raise UnreadableImageError(f"{path}: {error}") from error
+
+
+def check_images(paths: Sequence[str], img_size: int, sample: int = 32) -> None:
+    """Opens some images, evenly spaced; fails when none is readable or most are smaller than the crop."""
+    sizes = []
+    for path in paths[:: math.ceil(len(paths) / sample)]:
+        try:
+            with Image.open(path) as image:
+                sizes.append(min(image.size))
+        except Exception:  # counted and reported when training meets the file
+            continue
+    if not sizes:
+        fail(f"--data_path: none of the images looked at is readable, the first is {paths[0]}")
+    median = sorted(sizes)[len(sizes) // 2]
+    if median < img_size:
+        fail(f"--img_size {img_size}: most images are smaller, their median side is {median} px")
+
+
+class SkipUnreadable(torch.utils.data.Dataset):
+    """A data set that takes the next sample in place of an unreadable one, and says so.
+
+    `dataset[epoch, index]` may raise UnreadableImageError. Returns (sample, list of messages).
+    """
+
+    def __init__(self, dataset: torch.utils.data.Dataset, tries: int = 100):
+        self.dataset, self.tries = dataset, tries
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[object, list[str]]:
+        epoch, index = key
+        messages = []
+        for attempt in range(min(self.tries, len(self.dataset))):
+            try:
+                return self.dataset[epoch, (index + attempt) % len(self.dataset)], messages
+            except UnreadableImageError as error:
+                messages.append(str(error))
+        raise RuntimeError(f"{len(messages)} unreadable images in a row, the last: {messages[-1]}")
+
+
+class StepSampler(torch.utils.data.Sampler):
+    """Batches of (epoch, index) for one process, from any optimizer step to any later one, across epochs.
+
+    Each epoch is one permutation drawn from (seed, epoch), cut into steps of the effective batch; the rest is
+    dropped. Each micro-batch of each process is a slice of the step. So a resumed run goes on where it
+    stopped, and a worker needs no state. Memory: one permutation, 8 bytes per image.
+    """
+
+    def __init__(self, length: int, batch_size: int, accum_steps: int, process: Process, seed: int,
+                 start_step: int, end_step: int):
+        self.length, self.batch_size, self.accum_steps = length, batch_size, accum_steps
+        self.process, self.seed, self.start_step, self.end_step = process, seed, start_step, end_step
+
+    def __len__(self) -> int:
+        return (self.end_step - self.start_step) * self.accum_steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        world_size, rank, shuffled = self.process.world_size, self.process.rank, -1
+        steps_per_epoch = self.length // (self.batch_size * self.accum_steps * world_size)
+        for step in range(self.start_step, self.end_step):
+            epoch, step_in_epoch = divmod(step, steps_per_epoch)
+            if shuffled != epoch:
+                generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
+                order, shuffled = torch.randperm(self.length, generator=generator), epoch
+            for micro in range(self.accum_steps):
+                first = ((step_in_epoch * self.accum_steps + micro) * world_size + rank) * self.batch_size
+                yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
+
+
+def _collate(samples: list[tuple[object, list[str]]]) -> tuple[object, list[str]]:
+    batch = torch.utils.data.default_collate([sample for sample, _ in samples])
+    return batch, [message for _, messages in samples for message in messages]
+
+
+def _quiet_worker(_: int) -> None:
+    # A signal to the whole process group is for the trainer, which needs its workers up to the checkpoint.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    # Workers ignore SIGTERM, so after an error Python's own clean-up would wait for them for ever.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader complains that they died
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
+def worker_count(num_workers: int | None) -> int:
+    """`--num_workers`; None shares the machine's cores among its processes, at most 16 each."""
+    if num_workers is not None:
+        return num_workers
+    return min(16, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def build_loader(dataset: torch.utils.data.Dataset, sampler: StepSampler, num_workers: int | None,
+                 device: torch.device) -> torch.utils.data.DataLoader:
+    """Loader of (batch, messages about unreadable images).
+
+    Args:
+        dataset: maps (epoch, index) to a sample.
+        sampler: the batches to make, in order.
+        num_workers: see worker_count.
+        device: where batches will go; memory is pinned for cuda.
+    """
+    return torch.utils.data.DataLoader(
+        SkipUnreadable(dataset), batch_sampler=sampler, num_workers=worker_count(num_workers),
+        collate_fn=_collate, worker_init_fn=_quiet_worker, pin_memory=device.type == "cuda")
+
+
+# --------------------------------------------------------------------------------------------------
+# Colour: whole batches on the training device. Images are float N x 3 x H x W in [0, 1] and changed in place.
+# Draws come from a CPU generator, so they are the same on every device; every sample has its own.
+# --------------------------------------------------------------------------------------------------
+
+
+def chance(p: Tensor, generator: torch.Generator) -> Tensor:
+    """True with probability `p` (n,) for each sample on its own."""
+    return torch.rand(len(p), generator=generator) < p
+
+
+def apply_where(where: Tensor, function: Callable, images: Tensor, *parameters: Tensor) -> Tensor:
+    """Applies `function(images, *parameters)` to the samples chosen by `where` (n,), in place."""
+    index = where.nonzero().flatten()
+    if len(index):
+        chosen = [parameter[index].to(images.device, non_blocking=True) for parameter in parameters]
+        index = index.to(images.device, non_blocking=True)
+        images[index] = function(images[index], *chosen)
+    return images
+
+
+def luma(images: Tensor) -> Tensor:
+    """Grey value n x 1 x H x W with torchvision's weights (ITU-R 601)."""
+    r, g, b = images.unbind(1)
+    return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
+
+
+def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+    """Returns other + factor * (images - other), clamped to [0, 1]; `factor` (n,)."""
+    factor = factor.view(-1, 1, 1, 1)
+    return (factor * images + (1 - factor) * other).clamp(0, 1)
+
+
+def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
+    """Blends with black; `factor` (n,) at least 0."""
+    return blend(images, 0.0, factor)
+
+
+def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
+    """Blends with the image's mean luma; `factor` (n,) at least 0."""
+    return blend(images, luma(images).mean((2, 3), keepdim=True), factor)
+
+
+def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
+    """Blends with the luma; `factor` (n,) at least 0."""
+    return blend(images, luma(images), factor)
+
+
+def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
+    """Turns the hue by `shift` (n,) in [-.5, .5] turns, keeping HSV's saturation and value."""
+    value, chroma = images.amax(1), images.amax(1) - images.amin(1)
+    r, g, b = images.unbind(1)
+    divisor = chroma.masked_fill(chroma == 0, 1)
+    green_or_blue = torch.where(g == value, (b - r) / divisor + 2, (r - g) / divisor + 4)
+    hue = torch.where(r == value, (g - b) / divisor, green_or_blue)  # in sixths of a turn
+    hue = hue + 6 * shift.view(-1, 1, 1)
+    # HSV to RGB without cases: k = (5, 3, 1) + hue mod 6; value - chroma * clamp(min(k, 4 - k), 0, 1)
+    k = (hue.unsqueeze(1) + torch.tensor([5.0, 3.0, 1.0], device=hue.device).view(1, 3, 1, 1)).remainder_(6)
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+
+
+ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
+
+
+def draw_color_jitter(strength: tuple[float, float, float, float], p: Tensor,
+                      generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Draws torchvision's ColorJitter(*strength) for n samples, each with its probability in `p` (n,).
+
+    Returns:
+        where (n,) bool; factors (n, 4), a column per adjustment; order (n, 4), which adjustment comes when.
+    """
+    neutral, spread = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(strength)
+    factors = neutral + spread * (2 * torch.rand(len(p), 4, generator=generator) - 1)
+    order = torch.rand(len(p), 4, generator=generator).argsort(1)
+    return chance(p, generator), factors, order
+
+
+def color_jitter(images: Tensor, where: Tensor, factors: Tensor, order: Tensor) -> Tensor:
+    """Applies what `draw_color_jitter` drew."""
+    for turn in range(4):
+        for kind, adjust in enumerate(ADJUSTMENTS):
+            apply_where(where & (order[:, turn] == kind), adjust, images, factors[:, kind])
+    return images
+
+
+def grayscale(images: Tensor, where: Tensor) -> Tensor:
+    """Replaces the chosen samples by their luma in all three channels."""
+    return apply_where(where, lambda chosen: luma(chosen).expand_as(chosen), images)
+
+
+def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
+    n, c, h, w = images.shape
+    taps = torch.arange(-radius, radius + 1, device=images.device)
+    kernel = torch.exp(-0.5 * (taps / sigma.view(n, 1)) ** 2)
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0).view(n * c, 1, 1, -1)
+    planes = nn.functional.pad(images, [radius] * 4, mode="reflect").flatten(0, 1).unsqueeze(0)
+    planes = nn.functional.conv2d(planes, kernel, groups=n * c)
+    return nn.functional.conv2d(planes, kernel.transpose(2, 3), groups=n * c).view(n, c, h, w)
+
+
+def gaussian_blur(images: Tensor, where: Tensor, sigma: Tensor, max_sigma: float = 2.0) -> Tensor:
+    """Gaussian blur of the chosen samples by `sigma` (n,) pixels, out to 3 `max_sigma`, borders reflected."""
+    radius = min(math.ceil(3 * max_sigma), images.shape[2] - 1, images.shape[3] - 1)
+    return apply_where(where, lambda chosen, s: _blur(chosen, s, radius), images, sigma)
+
+
+def solarize(images: Tensor, where: Tensor, threshold: float = 128 / 255) -> Tensor:
+    """Inverts the pixels at or above `threshold` of the chosen samples."""
+    return apply_where(where, lambda chosen: torch.where(chosen >= threshold, 1 - chosen, chosen), images)
+
+
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(images - mean) / std per channel."""
+    mean, std = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (mean, std))
+    return (images - mean) / std
+
+
+# --------------------------------------------------------------------------------------------------
+# Backbones: timm models without classifier, and their weights
+# --------------------------------------------------------------------------------------------------
+
+
+def _close_names(name: str) -> str:
+    close = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+    return f"; close: {', '.join(close)}" if close else ""
+
+
+def build_backbone(arch: str, img_size: int, patch_size: int | None = None,
+                   drop_path: float = 0) -> nn.Module:
+    """A timm model from N x 3 x H x W to pooled features N x D, for any H and W where it can.
+
+    Its `model_args` attribute holds what timm.create_model needs beside the name to build it again.
+    """
+    if not timm.is_model(arch):
+        fail(f"--arch {arch}: timm has no such model{_close_names(arch)}")
+    own = {"patch_size": patch_size} if patch_size else {}
+    # Swin takes strict_img_size, ViT dynamic_img_size, convolutional nets neither.
+    sized = {"img_size": img_size, **own}
+    for model_args in ({"strict_img_size": False, **sized}, {"dynamic_img_size": True, **sized}, own):
+        try:
+            backbone = timm.create_model(arch, num_classes=0, drop_path_rate=drop_path or None, **model_args)
+            backbone.model_args = model_args
+            return backbone
+        except TypeError as error:  # an argument this model does not have
+            reason = error
+    fail(f"--arch {arch}: cannot be built with --patch_size {patch_size} --drop_path {drop_path}: {reason}")
+
+
+def patch_multiple(backbone: nn.Module) -> int:
+    """The side in pixels that crops must be a multiple of: the patch of a transformer, 1 for other nets."""
+    return backbone.patch_embed.patch_size[0] if hasattr(backbone, "patch_embed") else 1
+
+
+def read_weights(source: str, checkpoint_key: str | None = None,
+                 flag: str = "--weights") -> tuple[dict, dict]:
+    """Reads backbone weights from an output folder, a checkpoint, a state dict, a timm or hf-hub: name.
+
+    Args:
+        source: what the user gave.
+        checkpoint_key: the entry of a checkpoint to take; None: the teacher of ours, else what is there.
+        flag: the flag to name in errors.
+
+    Returns:
+        state dict of the backbone, without prefixes; what is known of arch, patch_size, img_size, mean, std.
+    """
+    path = Path(source)
+    if path.is_dir():
+        folder = path / "backbone" if (path / "backbone").is_dir() else path
+        if checkpoint_key is None and (folder / "config.json").is_file():
+            return _read_exported(folder, flag)
+        path = path / "checkpoint.pth"
+    if path.is_file():
+        return _read_checkpoint(path, checkpoint_key, flag)
+    if source.startswith("hf-hub:") or timm.is_model(source):
+        try:
+            model = timm.create_model(source, pretrained=True, num_classes=0)
+        except Exception as error:  # no pretrained weights under this name, no network, no such repository
+            fail(f"{flag} {source}: timm could not load pretrained weights: {str(error).splitlines()[0]}")
+        config = model.pretrained_cfg
+        return model.state_dict(), {"arch": config["architecture"], "img_size": config["input_size"][-1],
+                                    "mean": config["mean"], "std": config["std"]}
+    fail(f"{flag} {source}: no such file, output folder or timm model{_close_names(source)}")
+
+
+def _read_exported(folder: Path, flag: str) -> tuple[dict, dict]:
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+    except Exception as error:
+        fail(f"{flag} {folder}: cannot be read: {error}")
+    args, cfg = config.get("model_args", {}), config["pretrained_cfg"]
+    return state, {"arch": config["architecture"], "patch_size": args.get("patch_size"), "mean": cfg["mean"],
+                   "std": cfg["std"], "img_size": cfg["input_size"][-1]}
+
+
+def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict]:
+    try:
+        loader = safetensors.torch.load_file if path.suffix == ".safetensors" else load_checkpoint
+        checkpoint = loader(path)
+    except Exception as error:
+        fail(f"{flag} {path}: {error}")
+    info = {name: value for name, value in checkpoint.get("args", {}).items()
+            if name in ("arch", "patch_size", "img_size", "mean", "std")} if "teacher" in checkpoint else {}
+    if key is None:
+        key = next((name for name in ("teacher", "state_dict", "model") if name in checkpoint), None)
+    elif key not in checkpoint:
+        fail(f"--checkpoint_key {key}: {path} has {', '.join(map(str, list(checkpoint)[:12]))}")
+    state = checkpoint[key] if key else checkpoint
+    for prefix in ("module.", "backbone."):
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()
+                     if name.startswith(prefix)}
+    return state, info
+
+
+def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: bool = False) -> str:
+    """Fills `backbone` from `state` and returns a line that says what was loaded, missing and unexpected.
+
+    timm resamples position embeddings and patch projections of another size; all else of another shape counts
+    as missing. Fails when under 90 % of the backbone's tensors are filled, unless `allow_partial`.
+    """
+    resample = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    own = backbone.state_dict()
+    try:
+        state = resample(state, backbone) if resample else state
+    except Exception:  # keys or shapes of quite another model: the count below says so
+        pass
+    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+    report = f"{source}: {len(fitting)} of {len(own)} tensors loaded"
+    for what, all_names in (("missing", own), ("not used", state)):
+        names = all_names.keys() - fitting.keys()
+        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+        report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
+    if len(fitting) < 0.9 * len(own) and not allow_partial:
+        fail(f"{report}: another arch? (--allow_partial takes what fits)")
+    backbone.load_state_dict(fitting, strict=False)
+    return report
+
+
+def export_backbone(backbone: nn.Module, folder: Path, img_size: int, mean: Sequence[float],
+                    std: Sequence[float]) -> None:
+    """Writes config.json and model.safetensors for timm.create_model("local-dir:FOLDER", pretrained=True)."""
+    new = folder.with_name(folder.name + ".new")
+    kept = ("architecture", "first_conv", "classifier", "pool_size")
+    backbone.pretrained_cfg = {
+        **{key: backbone.pretrained_cfg.get(key) for key in kept}, "num_classes": 0,
+        "input_size": (3, img_size, img_size), "mean": tuple(mean), "std": tuple(std), "crop_pct": 224 / 256,
+        "interpolation": "bicubic"}
+    timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args), safe_serialization=True)
+    folder.mkdir(exist_ok=True)
+    for name in ("config.json", "model.safetensors"):
+        os.replace(new / name, folder / name)
+    new.rmdir()
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimisation
+# --------------------------------------------------------------------------------------------------
+
+
+def cosine_schedule(base: float, final: float, step: int, total_steps: int, warmup_steps: int = 0) -> float:
+    """Value at `step`: linear from 0 to `base` over the warm-up, then cosine to `final` at `total_steps`."""
+    if step < warmup_steps:
+        return base * step / warmup_steps
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * progress))
+
+
+def param_groups(model: nn.Module) -> list[dict]:
+    """Two groups of the trained parameters: with weight decay, and without (biases and 1-D: norm weights)."""
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    plain = {name for name, p in trained if name.endswith(".bias") or p.ndim <= 1}
+    return [{"params": [p for name, p in trained if name not in plain]},
+            {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0}]
+
+
+@torch.no_grad()
+def update_ema(online: nn.Module, average: nn.Module, momentum: float) -> None:
+    """Sets average <- momentum * average + (1 - momentum) * online, over parameters; buffers stay."""
+    torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - momentum)
+
+
+# --------------------------------------------------------------------------------------------------
+# What a run writes
+# --------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Calls `write(file)` on a temporary file, flushes and renames it: `path` is old or new, always whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Loads to the CPU without ever running code from the file; raises ValueError with the reason."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("refused, because loading it would run code; or no PyTorch file") from error
+    except Exception as error:
+        raise ValueError(f"damaged, or no PyTorch file ({str(error).splitlines()[0][:100]})") from error
+
+
+def resume_checkpoint(path: Path, now: dict, free_flags: set[str]) -> dict | None:
+    """Loads the checkpoint of an interrupted run; None when there is none.
+
+    Args:
+        path: checkpoint.pth of the output folder.
+        now: what the checkpoint would hold now under args, images and effective_batch.
+        free_flags: flags that may differ between the two runs.
+    """
+    if not path.exists():
+        return None
+    try:
+        saved = load_checkpoint(path)
+        before, after = {**saved["args"]}, {**now["args"]}
+        for what in ("images", "effective_batch"):
+            before[what], after[what] = saved[what], now[what]
+    except (ValueError, KeyError, TypeError) as error:
+        fail(f"--output_dir: {path} cannot be resumed: {error}")
+    changed = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
+               for name in sorted(before.keys() | after.keys())
+               if name not in free_flags and before.get(name) != after.get(name)]
+    if changed:
+        fail(f"--output_dir {path.parent}: its run had other settings: {'; '.join(changed)}")
+    return saved
+
+
+def make_output_dir(folder: str, process: Process) -> Path:
+    """Creates the output folder, if need be, and makes sure that it can be written to."""
+    try:
+        if process.is_main:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            write_atomically(Path(folder) / "log.jsonl.probe", lambda file: None)
+            (Path(folder) / "log.jsonl.probe").unlink()
+    except OSError as error:
+        fail(f"--output_dir {folder}: cannot be written to: {error}")
+    return Path(folder)
+
+
+def plain(args: object) -> dict:
+    """The flags as a dict of plain numbers, strings and lists."""
+    return json.loads(json.dumps(vars(args)))
+
+
+def device_name(device: torch.device) -> str:
+    """What the run computes on, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries, and the commit of this checkout, if it is one."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=12"], text=True,
+                             cwd=Path(__file__).parent, capture_output=True).stdout.strip()
+    except OSError:  # no git on this machine
+        git = ""
+    libraries = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
+    return {"python": sys.version.split()[0], **libraries, "commit": git or "unknown"}
+
+
+class StopSignal:
+    """Is `seen` after SIGTERM, SIGUSR1 or Ctrl-C: the run ends after its step. A second Ctrl-C ends it."""
+
+    def __init__(self):
+        self.seen = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: object) -> None:
+        self.seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def agree(process: Process, *flags: bool) -> list[bool]:
+    """Each flag is true in all processes once it is in one of them: a decision they take at the same step."""
+    if process.world_size == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group=process.control)
+    return votes.bool().tolist()
+
+
+class Meter:
+    """Collects a log interval: loss terms (left on the device), times, unreadable images.
+
+    Args:
+        process: this one.
+        images: files of the data set; more than 1 % of them unreadable ends the run.
+    """
+
+    def __init__(self, process: Process, images: int):
+        self.process, self.images, self.unreadable = process, images, set()
+        self._restart()
+
+    def _restart(self) -> None:
+        self.terms, self.waited, self.began = [], 0.0, time.perf_counter()
+
+    def fetch(self, batches: Iterator) -> object:
+        """The next batch, timed; warns about images that could not be read, once each."""
+        began = time.perf_counter()
+        batch, messages = next(batches)
+        self.waited += time.perf_counter() - began
+        for message in set(messages) - self.unreadable:
+            print(f"warning: unreadable, another image taken: {message}", file=sys.stderr, flush=True)
+            self.unreadable.add(message)
+        return batch
+
+    def end_step(self, terms: dict[str, Tensor]) -> None:
+        """Adds the loss terms of one optimizer step, scalars without gradient."""
+        self.terms.append(terms)
+
+    def summary(self, step: int, effective_batch: int) -> dict[str, float]:
+        """Means over steps and processes since the last call; fails where the run must not go on."""
+        names = list(self.terms[0])
+        table = torch.stack([torch.stack(list(terms.values())) for terms in self.terms]).float().cpu()
+        unreadable = self.unreadable
+        if self.process.world_size > 1:
+            dist.all_reduce(table, group=self.process.control)
+            table /= self.process.world_size
+            everywhere = [set()] * self.process.world_size
+            dist.all_gather_object(everywhere, unreadable, group=self.process.control)
+            unreadable = set().union(*everywhere)
+        if not table.isfinite().all():
+            row = int((~table.isfinite()).any(1).nonzero()[0])
+            terms = dict(zip(names, table[row].tolist(), strict=True))
+            step -= len(table) - row - 1
+            fail(f"step {step}: not finite: {terms}; the last checkpoint stays. Try a lower --lr", code=1)
+        if len(unreadable) > 0.01 * self.images:
+            fail(f"{len(unreadable)} of {self.images} images unreadable, over 1 %: {min(unreadable)}", code=1)
+        per_step = (time.perf_counter() - self.began) / len(table)
+        result = dict(zip(names, table.mean(0).tolist(), strict=True))
+        result.update(images_per_s=effective_batch / per_step, data_seconds=self.waited / len(table),
+                      unreadable=len(unreadable))
+        self._restart()
+        return result
+
+
+class RunLog:
+    """log.jsonl and the progress bar of the main process; the other processes get one that does nothing."""
+
+    def __init__(self, folder: Path, process: Process, total_steps: int, start_step: int, header: dict):
+        self.active = process.is_main
+        if not self.active:
+            return
+        self.path = folder / "log.jsonl"
+        old = self.path.read_text().splitlines() if self.path.exists() and start_step else []
+        kept = [line for line in old if self._step(line) <= start_step]  # later steps will be done again
+        text = "".join(line + "\n" for line in [*kept, json.dumps(header)])
+        write_atomically(self.path, lambda file: file.write(text.encode()))
+        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())
+
+    @staticmethod
+    def _step(line: str) -> float:
+        try:
+            return json.loads(line).get("step", 0)
+        except json.JSONDecodeError:  # half a line, from a kill while it was written
+            return math.inf
+
+    def write(self, step: int, values: dict) -> None:
+        """Appends one line with `step` and `values`, and shows it."""
+        if not self.active:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        short = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                          for name, value in values.items())
+        if self.bar.disable:
+            print(f"step {step}/{self.bar.total}  {short}", flush=True)
+        else:
+            self.bar.set_postfix_str(short)
+
+    def advance(self) -> None:
+        """One optimizer step done."""
+        if self.active:
+            self.bar.update()
+
+    def close(self) -> None:
+        """Ends the progress bar."""
+        if self.active:
+            self.bar.close()
+
+
+def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float],
+              std: Sequence[float]) -> None:
+    """Writes a PNG with a row per image: its views, normalised 3 x h x w of any size, centred on white."""
+    side = max(max(view.shape[1:]) for row in rows for view in row)
+    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    grid = torch.ones(len(rows) * len(rows[0]), 3, side, side)
+    for cell, view in zip(grid, (view for row in rows for view in row), strict=True):
+        (_, h, w), view = view.shape, view.float().cpu() * std + mean
+        top, left = (side - h) // 2, (side - w) // 2
+        cell[:, top : top + h, left : left + w] = view.clamp(0, 1)
+    grid = torchvision.utils.make_grid(grid, nrow=len(rows[0]), pad_value=1.0)
+    write_atomically(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))

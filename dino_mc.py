@@ -1,0 +1,698 @@
+"""DINO-MC and DINO-TP: self-distillation between global and multi-sized local crops, or between dates.
+
+J. Wanyan et al., "Extending global-local view alignment for self-supervised learning with remote sensing
+imagery", arXiv 2303.06670. Builds on DINO (M. Caron et al., ICCV 2021), which is `--mode dino` here.
+
+    # try it on a CPU, on scenes drawn by demo/scenes.py (`make demo` does all of this)
+    python dino_mc.py --data_path demo/data/train --output_dir demo/output --arch resnet18 --img_size 64 \
+        --out_dim 4096 --epochs 10 --warmup_epochs 1 --batch_size_per_gpu 64
+    # one GPU: ViT-S/16 on any folder of images, labelled or not
+    python dino_mc.py --data_path IMAGES --output_dir OUT --batch_size_per_gpu 128
+    # several GPUs; DINO-TP on one folder per location, holding its dates
+    python -m torch.distributed.run --nproc_per_node 4 dino_mc.py --data_path PLACES --output_dir O --mode tp
+
+A student sees every view, a teacher (its moving average) only the global ones. The student's output on each
+view has to predict the teacher's on every other view. Centring and a low temperature of the teacher keep both
+from collapsing. MC gives local crops many sizes; TP takes global views from different dates of a place.
+
+    symbol    variable              flag (default)                what
+    B         B                     batch_size_per_gpu (64)       images per process and micro-batch
+    T, V      T, V                  mode, local_crops_number (6)  global views (mc, dino 2; tp 3), all views
+    D         -                     arch (vit_small_patch16_224)  width of the backbone's features
+    K         K                     out_dim (65536)               prototypes
+    tau_s     student_temp          student_temp (.1)             student's temperature
+    tau_t     teacher_temp          teacher_temp (.04)            teacher's; warms up by epochs
+    c         center                -                             mean teacher output, momentum .9
+    m         momentum              momentum_teacher (.996)       of the teacher, cosine to 1
+
+Differs from the authors' code:
+- every image is used; `--one_date_per_location` draws one image per folder and epoch (theirs: once per run);
+- TP's three global views follow from the mode; its dates are drawn without replacement where there are three;
+- workers crop, resize and flip in uint8 with antialiasing; colour and blur follow on the device, batch by
+  batch. So in TP they come after the crop, not before, and the blur's sigma counts pixels of the crop;
+- colours are computed in floating point, without rounding to 8 bits in between;
+- Swin is timm's, without a second, untrained head; timm resamples ViT positions (bicubic, antialiased);
+- `--drop_path` acts on every backbone that has it, ResNets included (off with 0);
+- SyncBatchNorm needs GPUs: several CPU processes normalise each its own batch;
+- the centre, the random draws and the position in the data are saved: a resumed run repeats the unbroken one.
+
+In OUT: checkpoint.pth, backbone/ (the teacher's, for timm), log.jsonl, views.png.
+"""
+
+import argparse
+import copy
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+import timm.optim
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2.functional import resized_crop
+
+import common
+from common import Process
+
+# Flags that may change between a run and its continuation. All others make the method.
+FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
+              "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
+              "log_every", "max_steps"}  # the effective batch, not its parts, has to stay
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """All flags, with the paper's defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    yes_no = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", required=True, help="folder of images, at any depth; tp: one folder per location")
+    add("--img_size", type=int, default=224, help="side of the global crops; local ones scale with it")
+    add("--mean", type=float, nargs=3, default=common.IMAGENET_MEAN, help="of RGB in [0, 1]")
+    add("--std", type=float, nargs=3, default=common.IMAGENET_STD, help="of RGB in [0, 1]")
+    add("--one_date_per_location", action=yes_no, default=False,
+        help="mc, dino: a folder is a place; an epoch takes one of its images, drawn anew")
+    add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--arch", default="vit_small_patch16_224", help="any timm model with pooled features, such as "
+        "vit_small_patch8_224, resnet50, wide_resnet50_2, swin_tiny_patch4_window7_224")
+    add("--patch_size", type=int, help="of a ViT; none: the arch's own")
+    add("--drop_path", type=float, default=0.1, help="stochastic depth of the student; 0: none")
+    add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
+        "pretrained weights by name")
+    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the teacher of ours")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--mode", choices=["mc", "dino", "tp"], default="mc", help="mc: local crops of many sizes; dino: of "
+        "one size, the baseline; tp: global crops from different dates")
+    add("--out_dim", type=int, default=65536, help="K; fewer, such as 4096, for small data")
+    add("--norm_last_layer", action=yes_no, default=True, help="keep the prototypes' gain at 1; without it "
+        "training may be better, or unstable")
+    add("--use_bn_in_head", action=yes_no, default=False, help="BatchNorm in the head")
+    add("--momentum_teacher", type=float, default=0.996, help="start of its cosine to 1; less for short runs")
+    add("--student_temp", type=float, default=0.1, help="tau_s")
+    add("--teacher_temp", type=float, default=0.04, help="tau_t after its warm-up; lower if the loss stays "
+        "at ln K, unstable above .07")
+    add("--warmup_teacher_temp", type=float, default=0.04, help="tau_t at the start")
+    add("--warmup_teacher_temp_epochs", type=int, default=0, help="length of tau_t's warm-up")
+    add("--freeze_last_layer", type=int, default=1, help="epochs without gradient for the prototypes; more "
+        "if the loss does not fall at the start")
+    add("--global_crops_scale", type=float, nargs=2, default=(0.32, 1.0), help="share of the image's area")
+    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.32), help="share of the image's area")
+    add("--local_crops_number", type=int, default=6, help="fewer save time; mc, tp: the smallest stay")
+    add("--local_crops_size", type=int, nargs="+", help="sides in pixels, one for all or one each; none: 184 "
+        "164 144 124 104 84 in mc and tp, 96 in dino, in proportion to --img_size / 224")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=300, help="length of all schedules; small data needs more")
+    add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
+    add("--accum_steps", type=int, default=1, help="micro-batches per optimizer step, where memory is small")
+    add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw", help="sgd, lars: for ResNets")
+    add("--lr", type=float, default=5e-4, help="at an effective batch of 256; scaled linearly to the actual")
+    add("--min_lr", type=float, default=1e-6, help="at the end of its cosine; not scaled")
+    add("--warmup_epochs", type=int, default=10, help="of the learning rate; fewer for short runs")
+    add("--weight_decay", type=float, default=0.04, help="at the start; less for ResNets")
+    add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
+    add("--clip_grad", type=float, default=3.0, help="greatest norm of each tensor's gradient; 0: off")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", required=True, help="where all is written; a run found there goes on")
+    add("--seed", type=int, default=0, help="of weights, order, crops and colour")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 on GPUs with it")
+    add("--compile", action=yes_no, default=False, help="torch.compile the backbones; pays on long runs")
+    add("--save_every", type=int, default=1, help="epochs between checkpoints")
+    add("--save_minutes", type=float, default=15, help="and the longest time between them")
+    add("--log_every", type=int, default=20, help="steps between lines of the log")
+    add("--max_steps", type=int, help="stop after this many optimizer steps; schedules keep to --epochs")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses values out of range and pairs that contradict each other, before any work."""
+    positive = ("img_size patch_size out_dim student_temp teacher_temp warmup_teacher_temp epochs "
+                "batch_size_per_gpu accum_steps lr save_every log_every max_steps")
+    not_negative = ("num_workers warmup_teacher_temp_epochs freeze_last_layer local_crops_number min_lr "
+                    "warmup_epochs weight_decay weight_decay_end clip_grad save_minutes seed")
+    common.check_range(args, positive.split(), not_negative.split(), unit=["momentum_teacher", "drop_path"])
+    if min(args.std) <= 0:
+        common.fail(f"--std {' '.join(map(str, args.std))}: must be above 0")
+    if args.warmup_epochs >= args.epochs:
+        common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    for name in ("global_crops_scale", "local_crops_scale"):
+        low, high = getattr(args, name)
+        if not 0 < low <= high <= 1:
+            common.fail(f"--{name} {low} {high}: must be 0 < low <= high <= 1")
+    if args.local_crops_size and len(args.local_crops_size) not in (1, args.local_crops_number):
+        common.fail(f"--local_crops_size: one side or {args.local_crops_number} (--local_crops_number), not "
+                    f"{len(args.local_crops_size)}")
+    if args.mode != "dino" and not args.local_crops_size and args.local_crops_number > len(MC_SIZES):
+        common.fail(f"--local_crops_number {args.local_crops_number}: mode {args.mode} has {len(MC_SIZES)} "
+                    "sizes; for more give --local_crops_size")
+    if args.mode == "tp" and args.one_date_per_location:
+        common.fail("--one_date_per_location: only with --mode mc or dino; tp draws three dates")
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation
+# --------------------------------------------------------------------------------------------------
+
+MC_SIZES = (184, 164, 144, 124, 104, 84)  # of local crops beside 224 px global ones
+DINO_SIZE = 96
+
+
+@dataclass(frozen=True)
+class View:
+    """How one view is made: geometry in the workers, then colour on the device."""
+
+    size: int  # side in pixels
+    scale: tuple[float, float]  # share of the image's area
+    interpolation: InterpolationMode
+    date: int = 0  # which of the drawn dates
+    p_flip: float = 0.5
+    jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
+    p_jitter: float = 0.8
+    p_gray: float = 0.2
+    p_blur: float = 0.5
+    p_solarize: float = 0.0
+
+
+def local_sizes(mode: str, img_size: int, number: int, sizes: Sequence[int] | None,
+                multiple: int) -> list[int]:
+    """Sides of the local crops: as given, else the paper's in proportion to `img_size`.
+
+    Args:
+        mode: mc, dino or tp.
+        img_size: side of the global crops.
+        number: how many local crops.
+        sizes: None, one side for all, or one each.
+        multiple: the backbone's patch; at another size than 224 sides are rounded down to it.
+    """
+    if sizes:
+        result = list(sizes) * (number if len(sizes) == 1 else 1)
+    else:
+        result = [DINO_SIZE] * number if mode == "dino" else list(MC_SIZES[len(MC_SIZES) - number:])
+        if img_size != 224:
+            result = [size * img_size // 224 // multiple * multiple for size in result]
+    for size in (img_size, *result):
+        if not multiple <= size <= img_size:
+            common.fail(f"--img_size {img_size} --local_crops_size {size}: must be at least the patch, "
+                        f"{multiple}, and local crops at most the global ones")
+    return result
+
+
+def make_views(mode: str, img_size: int, sizes: Sequence[int], global_scale: tuple[float, float],
+               local_scale: tuple[float, float]) -> list[View]:
+    """The paper's views, global ones first. `sizes` are the sides of the local crops."""
+    bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+    if mode == "tp":
+        # Two of the three dates change colour and flip; the third and the local crops stay as they are.
+        a = View(img_size, global_scale, bicubic, jitter=(0.4, 0.4, 0.4, 0.1))
+        plain = {"p_flip": 0.0, "p_jitter": 0.0, "p_gray": 0.0, "p_blur": 0.0}
+        return [replace(a, date=1), replace(a, date=2, **plain), replace(a, date=0),
+                *(View(size, local_scale, bilinear, **plain) for size in sizes)]
+    global_1 = View(img_size, global_scale, bicubic, p_blur=1.0)
+    global_2 = View(img_size, global_scale, bicubic, p_blur=0.1, p_solarize=0.2)
+    if mode == "dino":
+        return [global_1, global_2, *(View(size, local_scale, bicubic) for size in sizes)]
+    strong = (0.8, 0.8, 0.8, 0.2)
+    return [global_1, global_2, *(View(size, local_scale, bilinear, jitter=strong) for size in sizes)]
+
+
+class ViewDataset(torch.utils.data.Dataset):
+    """Geometry of all views of a sample, in uint8, drawn from (seed, epoch, index) alone.
+
+    Args:
+        locations: the images to choose from for each sample: one, or the dates of a place.
+        views: what to make of them.
+        seed: of the run.
+    """
+
+    def __init__(self, locations: list[list[str]], views: list[View], seed: int):
+        self.locations, self.views, self.seed = locations, views, seed
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
+        """Returns V tensors uint8 3 x size x size."""
+        epoch, index = key
+        torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
+        dates = self.locations[index]
+        order = torch.randperm(len(dates)).tolist()  # without replacement; too few repeat
+        chosen = [dates[order[view.date % len(dates)]] for view in self.views]
+        images = {path: common.read_image(path) for path in dict.fromkeys(chosen)}
+        return [self._crop(images[path], view) for path, view in zip(chosen, self.views, strict=True)]
+
+    @staticmethod
+    def _crop(image: Tensor, view: View) -> Tensor:
+        top, left, height, width = RandomResizedCrop.get_params(image, view.scale, (3 / 4, 4 / 3))
+        crop = resized_crop(image, top, left, height, width, [view.size] * 2, view.interpolation)
+        return crop.flip(-1) if torch.rand(()) < view.p_flip else crop
+
+
+def color_views(crops: list[Tensor], views: list[View], mean: Sequence[float], std: Sequence[float],
+                generator: torch.Generator) -> list[Tensor]:
+    """Colour, blur, solarize and normalise on the crops' device; every sample has its own draws.
+
+    Args:
+        crops: V tensors uint8 B x 3 x size x size.
+        views: their V recipes.
+        mean: of RGB in [0, 1].
+        std: of RGB in [0, 1].
+        generator: on the CPU.
+
+    Returns:
+        for each run of views of one size, a float tensor (n_views * B) x 3 x size x size, view by view.
+    """
+    groups = []
+    B = len(crops[0])
+    for (_, jitter), members in groupby(range(len(views)), key=lambda v: (views[v].size, views[v].jitter)):
+        members = list(members)
+        p_jitter, p_gray, p_blur, p_solarize = (
+            torch.tensor([getattr(views[v], name) for v in members]).repeat_interleave(B)
+            for name in ("p_jitter", "p_gray", "p_blur", "p_solarize"))
+        x = torch.cat([crops[v] for v in members]).float() / 255
+        x = common.color_jitter(x, *common.draw_color_jitter(jitter, p_jitter, generator))
+        x = common.grayscale(x, common.chance(p_gray, generator))
+        sigma = torch.empty(len(x)).uniform_(0.1, 2.0, generator=generator)
+        x = common.gaussian_blur(x, common.chance(p_blur, generator), sigma)
+        x = common.solarize(x, common.chance(p_solarize, generator))
+        groups.append(common.normalize(x, mean, std))
+    return groups
+
+
+# --------------------------------------------------------------------------------------------------
+# Model
+# --------------------------------------------------------------------------------------------------
+
+
+class DINOHead(nn.Module):
+    """Three linear layers to a unit vector, then its cosine with K prototypes (Caron et al. 2021).
+
+    Args:
+        in_dim: D, width of the backbone's features.
+        out_dim: K.
+        use_bn: BatchNorm after the first two linear layers.
+        norm_last_layer: keep the gain of the prototypes at 1.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True,
+                 hidden_dim: int = 2048, bottleneck_dim: int = 256):
+        super().__init__()
+        layers = []
+        for width in (in_dim, hidden_dim):
+            norm = [nn.BatchNorm1d(hidden_dim)] if use_bn else []
+            layers += [nn.Linear(width, hidden_dim), *norm, nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
+        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.utils.parametrizations.weight_norm(self.last_layer)
+        gain = self.last_layer.parametrizations.weight.original0  # K x 1
+        nn.init.ones_(gain)
+        gain.requires_grad_(not norm_last_layer)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """N x D -> N x K."""
+        x = F.normalize(self.mlp(features), dim=-1)  # N x 256
+        return self.last_layer(x)
+
+
+class Network(nn.Module):
+    """Backbone and head: the student, or the teacher.
+
+    Args:
+        backbone: maps images to pooled features.
+        head: maps features to outputs.
+        multiple: sides are cut to a multiple of it at the right and bottom, as the authors' ViT does.
+    """
+
+    def __init__(self, backbone: nn.Module, head: nn.Module, multiple: int):
+        super().__init__()
+        self.backbone, self.head, self.multiple = backbone, head, multiple
+
+    def forward(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Groups of views N_g x 3 x s x s -> outputs N x K, features N x D, N the sum of N_g.
+
+        The backbone runs once per size, the head once on everything.
+        """
+        features = []
+        for x in groups:
+            side = x.shape[-1] // self.multiple * self.multiple
+            features.append(self.backbone(x[..., :side, :side]))
+        features = torch.cat(features)
+        return self.head(features), features
+
+
+# --------------------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------------------
+
+
+class DINOLoss(nn.Module):
+    """Cross-entropy between the teacher on a global view and the student on every other view.
+
+    Args:
+        out_dim: K.
+        student_temp: tau_s.
+        center_momentum: of the centre c.
+    """
+
+    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9):
+        super().__init__()
+        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.register_buffer("center", torch.zeros(out_dim))
+
+    def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """P = softmax((t - c) / tau_t), in float32."""
+        return ((teacher.float() - self.center) / teacher_temp).softmax(-1)
+
+    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
+        """Mean over the pairs (i, v), v not i, and the batch of -sum_k P_i[k] log softmax(s_v / tau_s)[k].
+
+        Args:
+            student: V x B x K outputs, the T global views first.
+            teacher: T x B x K outputs, without gradient.
+            teacher_temp: tau_t.
+        """
+        T, B, _ = teacher.shape
+        V = len(student)
+        P = self.teacher_probabilities(teacher, teacher_temp)  # T x B x K
+        log_q = (student.float() / self.student_temp).log_softmax(-1)  # V x B x K
+        pairs = -torch.einsum("tbk,vbk->tv", P, log_q) / B  # T x V, every pair
+        return (pairs.sum() - pairs.diagonal().sum()) / (T * (V - 1))
+
+    @torch.no_grad()
+    def update_center(self, batch_mean: Tensor) -> None:
+        """Sets c <- .9 c + .1 (K means of the teacher's outputs over batch, views and processes)."""
+        self.center.lerp_(batch_mean, 1 - self.center_momentum)
+
+
+# --------------------------------------------------------------------------------------------------
+# One epoch
+# --------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def health(P: Tensor, features: Tensor) -> dict[str, float]:
+    """Figures that tell learning from collapse.
+
+    Args:
+        P: T x B x K teacher probabilities.
+        features: N x D student features of the global views.
+
+    Returns:
+        entropy of P (ln K: uniform); kl of P from its batch mean (0: the same for all images, collapsed);
+        feature_std, of the unit features, times sqrt(D) (near 1: healthy, near 0: collapsed).
+    """
+    P = P.flatten(0, 1)
+    mean = P.mean(0)
+    entropy = -torch.special.xlogy(P, P).sum(-1).mean()
+    kl = -torch.special.xlogy(mean, mean).sum() - entropy
+    feature_std = F.normalize(features.float(), dim=-1).std(0).mean() * math.sqrt(features.shape[1])
+    return {"entropy": entropy.item(), "kl": kl.item(), "feature_std": feature_std.item()}
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scales each tensor's gradient, on its own, to a norm of at most `max_norm`."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    scales = [(max_norm / (norm + 1e-6)).clamp(max=1) for norm in torch._foreach_norm(grads)]
+    torch._foreach_mul_(grads, scales)
+
+
+def teacher_temp_at(epoch: int, warmup: float, final: float, warmup_epochs: int) -> float:
+    """tau_t: linear from `warmup` to `final` over the warm-up epochs, then constant."""
+    return warmup + (final - warmup) * min(1.0, epoch / warmup_epochs) if warmup_epochs else final
+
+
+def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Module, teacher: Network,
+                    dino_loss: DINOLoss, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+                    schedule: Callable[[int], dict[str, float]], views: list[View], args: argparse.Namespace,
+                    process: Process, meter: common.Meter,
+                    after_step: Callable[[int, Callable], bool]) -> bool:
+    """Trains the optimizer steps `steps` of one epoch; returns True as soon as the run is to stop.
+
+    Args:
+        epoch: counted from 0.
+        steps: counted from the start of the run.
+        batches: yields V crops and messages about unreadable images.
+        student: a Network, in DistributedDataParallel or not.
+        teacher: the student's moving average.
+        dino_loss: holds the centre.
+        optimizer: two parameter groups, with and without weight decay.
+        scaler: for fp16; else it does nothing.
+        schedule: step -> lr, weight_decay, momentum.
+        views: recipes of the V crops.
+        args: the flags.
+        process: this one.
+        meter: collects what the log shows.
+        after_step: given the number of steps done and a function for the figures to log, it logs, saves, and
+            says whether to stop.
+    """
+    T = 3 if args.mode == "tp" else 2
+    network = student.module if isinstance(student, DistributedDataParallel) else student
+    amp_dtype = common.autocast_dtype(args.amp, process.device)
+    autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    teacher_temp = teacher_temp_at(epoch, args.warmup_teacher_temp, args.teacher_temp,
+                                   args.warmup_teacher_temp_epochs)
+
+    for step in steps:
+        now = schedule(step)
+        for group, weight_decay in zip(optimizer.param_groups, (now["weight_decay"], 0.0), strict=True):
+            group["lr"], group["weight_decay"] = now["lr"], weight_decay
+        generator = torch.Generator().manual_seed(common.stream_seed(args.seed, "colour", step, process.rank))
+        teacher_mean, step_loss = torch.zeros_like(dino_loss.center), 0.0
+
+        for micro in range(args.accum_steps):
+            crops = [crop.to(process.device, non_blocking=True) for crop in meter.fetch(batches)]
+            torch.manual_seed(common.stream_seed(args.seed, "drop path", step, micro, process.rank))
+            V, B = len(crops), len(crops[0])
+            groups = color_views(crops, views, args.mean, args.std, generator)
+            if process.is_main and step == 0 and micro == 0:
+                save_views(Path(args.output_dir) / "views.png", groups, B, args.mean, args.std)
+
+            is_last = micro == args.accum_steps - 1  # only then do the processes exchange gradients
+            with nullcontext() if is_last or student is network else student.no_sync():
+                with autocast:
+                    with torch.no_grad():
+                        teacher_out, _ = teacher(groups[:1])  # T*B x K
+                    student_out, features = student(groups)  # V*B x K, V*B x D
+                student_out, teacher_out = student_out.view(V, B, -1), teacher_out.view(T, B, -1)
+                loss = dino_loss(student_out, teacher_out, teacher_temp) / args.accum_steps
+                scaler.scale(loss).backward()
+            step_loss += loss.detach()
+            teacher_mean += teacher_out.float().mean((0, 1)) / args.accum_steps
+
+        # Student: each tensor's gradient is clipped, the prototypes rest during the first epochs.
+        scaler.unscale_(optimizer)
+        if args.clip_grad:
+            clip_gradients(network.parameters(), args.clip_grad)
+        if epoch < args.freeze_last_layer:
+            for parameter in network.head.last_layer.parameters():
+                parameter.grad = None
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+        # Centre: over all processes, after the loss has used the old one. Teacher: after the optimizer step.
+        P = dino_loss.teacher_probabilities(teacher_out, teacher_temp)
+        if process.world_size > 1:
+            dist.all_reduce(teacher_mean)
+            teacher_mean /= process.world_size
+        dino_loss.update_center(teacher_mean)
+        common.update_ema(network, teacher, now["momentum"])
+
+        meter.end_step({"loss": step_loss})
+        figures = partial(health, P, features[: T * B])
+        if after_step(step + 1, lambda: {**figures(), **now, "teacher_temp": teacher_temp}):  # noqa: B023
+            return True
+    return False
+
+
+def save_views(path: Path, groups: list[Tensor], B: int, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Draws all views of up to 8 images, a row each, as the network sees them."""
+    views = [view for group in groups for view in group.split(B)]  # V times B x 3 x s x s
+    common.save_grid(path, [[view[i] for view in views] for i in range(min(B, 8))], mean, std)
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
+
+
+def group_locations(paths: list[str], mode: str, one_date_per_location: bool) -> list[list[str]]:
+    """What a sample draws from: the images of a folder (tp, one_date_per_location), else a single image."""
+    if mode != "tp" and not one_date_per_location:
+        return [[path] for path in paths]
+    locations = [list(dates) for _, dates in groupby(sorted(paths, key=os.path.dirname), key=os.path.dirname)]
+    if max(map(len, locations)) == 1:
+        common.fail("--data_path: every folder has one image; tp and --one_date_per_location want "
+                    "the dates of a place in a folder of its own")
+    return locations
+
+
+def feature_width(backbone: nn.Module, sizes: Sequence[int], multiple: int) -> int:
+    """D, found by running the backbone once on each side; fails where it cannot take one."""
+    backbone.eval()
+    for size in dict.fromkeys(size // multiple * multiple for size in sizes):
+        try:
+            with torch.no_grad():
+                features = backbone(torch.zeros(1, 3, size, size))
+        except Exception as error:
+            common.fail(f"--arch: {type(backbone).__name__} cannot take crops of {size} px: {error}")
+    backbone.train()
+    return features.shape[1]
+
+
+def main() -> None:
+    """Sets everything up, resumes what was begun, trains, and writes."""
+    parser = get_parser()
+    parser.error = common.fail
+    args = parser.parse_args()
+    check_args(args)
+    process = common.init_process(args.device)
+    out = common.make_output_dir(args.output_dir, process)
+
+    # Data
+    paths = common.list_images(args.data_path)
+    common.check_images(paths, args.img_size)
+    locations = group_locations(paths, args.mode, args.one_date_per_location)
+    effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
+    steps_per_epoch = len(locations) // effective_batch
+    if not steps_per_epoch:
+        common.fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
+                    f"{effective_batch}, is larger than the data, {len(locations)}")
+    total_steps = args.epochs * steps_per_epoch
+    end_step = min(total_steps, args.max_steps or total_steps)
+
+    # Networks: the same initial weights in all processes; the teacher starts as the student
+    torch.manual_seed(args.seed)
+    backbone = common.build_backbone(args.arch, args.img_size, args.patch_size, args.drop_path)
+    multiple = common.patch_multiple(backbone)
+    sizes = local_sizes(args.mode, args.img_size, args.local_crops_number, args.local_crops_size, multiple)
+    views = make_views(args.mode, args.img_size, sizes, args.global_crops_scale, args.local_crops_scale)
+    D = feature_width(backbone, [args.img_size, *sizes], multiple)
+    head = DINOHead(D, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
+    network = Network(backbone, head, multiple)
+    teacher_backbone = common.build_backbone(args.arch, args.img_size, args.patch_size)
+    teacher = Network(teacher_backbone, copy.deepcopy(head), multiple).requires_grad_(False)
+    dino_loss = DINOLoss(args.out_dim, args.student_temp).to(process.device)
+
+    # Resume, or start
+    identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
+    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
+    if args.init and not saved:
+        state, _ = common.read_weights(args.init, args.checkpoint_key, "--init")
+        report = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
+        if process.is_main:
+            print(report)
+    teacher.load_state_dict(network.state_dict())
+    for model in (network, teacher):
+        model.to(process.device)
+        if process.device.type == "cuda" and not hasattr(backbone, "patch_embed"):
+            model.to(memory_format=torch.channels_last)
+    if process.world_size > 1 and process.device.type == "cuda":
+        network, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(model) for model in (network, teacher))
+    optimizer = timm.optim.create_optimizer_v2(
+        common.param_groups(network), opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay,
+        momentum=0.9, **({"fused": True} if args.optimizer == "adamw" else {}))
+    scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
+    stateful = {"student": network, "teacher": teacher, "dino_loss": dino_loss, "optimizer": optimizer,
+                "scaler": scaler}
+    start_step = saved["step"] if saved else 0
+    for name, part in stateful.items():
+        if saved:
+            part.load_state_dict(saved[name])
+    if start_step >= end_step:
+        print(f"{out}: finished already, {start_step} of {end_step} steps done")
+        return
+    if args.compile:
+        for model in (network, teacher):
+            model.backbone.compile()
+    student = network
+    if process.world_size > 1:
+        device_ids = [process.device.index] if process.device.type == "cuda" else None
+        student = DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+
+    dataset = ViewDataset(locations, views, args.seed)
+    sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
+                                 start_step, end_step)
+    loader = common.build_loader(dataset, sampler, args.num_workers, process.device)
+    lr = args.lr * effective_batch / 256
+
+    def schedule(step: int) -> dict[str, float]:
+        cosine = partial(common.cosine_schedule, step=step, total_steps=total_steps)
+        return {"lr": cosine(lr, args.min_lr, warmup_steps=args.warmup_epochs * steps_per_epoch),
+                "weight_decay": cosine(args.weight_decay, args.weight_decay_end),
+                "momentum": cosine(args.momentum_teacher, 1.0)}
+
+    versions = common.versions()
+    header = {"argv": sys.argv, "versions": versions, "device": common.device_name(process.device),
+              "processes": process.world_size, "images": len(paths), "samples": len(locations),
+              "effective_batch": effective_batch, "scaled_lr": lr, "steps_per_epoch": steps_per_epoch,
+              "steps": total_steps, "first_step": start_step, "last_step": end_step,
+              "views": [view.size for view in views], "chance_loss": math.log(args.out_dim)}
+    log = common.RunLog(out, process, end_step, start_step, header)
+    meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
+
+    def save(step: int) -> None:
+        nonlocal saved_at
+        if process.is_main:
+            state = {name: part.state_dict() for name, part in stateful.items()}
+            state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
+            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
+            common.export_backbone(teacher.backbone, out / "backbone", args.img_size, args.mean, args.std)
+        saved_at = time.monotonic()
+
+    def after_step(step: int, figures: Callable[[], dict]) -> bool:
+        overdue = time.monotonic() - saved_at > 60 * args.save_minutes
+        stopping, overdue = common.agree(process, stop.seen, overdue)
+        epochs, rest = divmod(step, steps_per_epoch)
+        saving = stopping or overdue or step == end_step or (rest == 0 and epochs % args.save_every == 0)
+        if saving or step % args.log_every == 0:
+            log.write(step, {"epoch": epochs, **meter.summary(step, effective_batch), **figures()})
+        if saving:
+            save(step)
+        log.advance()
+        return stopping
+
+    batches, stopped = iter(loader), False
+    for epoch in range(start_step // steps_per_epoch, math.ceil(end_step / steps_per_epoch)):
+        steps = range(max(start_step, epoch * steps_per_epoch), min(end_step, (epoch + 1) * steps_per_epoch))
+        stopped = train_one_epoch(epoch, steps, batches, student, teacher, dino_loss, optimizer, scaler,
+                                  schedule, views, args, process, meter, after_step)
+        if stopped:
+            break
+    del batches  # ends the workers
+    log.close()
+    if process.is_main:
+        print(f"stopped by a signal after a checkpoint; the same command goes on: {out}" if stopped else
+              f"done. Judge it: python eval_knn.py --data_path LABELLED_IMAGES --weights {out}")
+    if process.world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

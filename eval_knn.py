@@ -1,0 +1,344 @@
+"""kNN evaluation of a frozen backbone: DINO's weighted vote, for several k at once.
+
+M. Caron et al., "Emerging properties in self-supervised vision transformers", ICCV 2021.
+
+    # a backbone of ours beside the two baselines that any result has to beat
+    python eval_knn.py --data_path demo/data --weights demo/output image_stats random
+    # one GPU; weights of timm by name
+    python eval_knn.py --data_path EUROSAT --weights OUT resnet50.a1_in1k --img_size 224
+    # several GPUs share the images: the same figure, sooner
+    python -m torch.distributed.run --nproc_per_node 4 eval_knn.py --data_path EUROSAT --weights OUT
+
+Every test image asks its k nearest training images, by cosine similarity of the features, for their class;
+each votes with weight exp(similarity / tau). Nothing is trained, so nothing is tuned on the test images.
+
+    symbol    variable       flag (default)             what
+    k         ks             nb_knn (10 20 100 200)     neighbours that vote
+    tau       temperature    temperature (.07)          of the weights
+    N, M      N, M           -                          training and test images
+    D         -              -                          width of the features
+    C         C              -                          classes
+
+DATA_PATH holds class folders, in train/ and val/ (or test/); without those, each class is split by
+--val_fraction and --split_seed. Beware of random splits of neighbouring tiles (EuroSAT's usual one):
+near-copies of test images are then among the training images.
+
+Differs from the authors' code:
+- all k come from one top-k over chunks of test images, so memory stays bounded; any number of classes;
+- k above N is refused;
+- the features are the backbone's own (DINO-MC's authors put a random projection behind ResNet, WRN and Swin).
+
+On screen a table; in OUTPUT_DIR/results.jsonl, and as the last lines printed, a JSON line for each weights.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import center_crop, resize
+from tqdm import tqdm
+
+import common
+from common import Process
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """All flags, with DINO's defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    yes_no = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", required=True, help="class folders, or train/ and val/ (or test/) holding them")
+    add("--img_size", type=int, help="side of the centre crop; none: the weights' own, else 224")
+    add("--val_fraction", type=float, default=0.2, help="of each class, to test on; where there is no train/")
+    add("--split_seed", type=int, default=0, help="of that split")
+    add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
+        "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
+    add("--arch", help="timm name; for a bare state dict, and for random alone")
+    add("--patch_size", type=int, help="of a ViT; none: the weights' or the arch's own")
+    add("--checkpoint_key", help="network of a checkpoint to take, such as student; none: teacher")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="k; DINO-MC's authors: 5 10 15 20")
+    add("--temperature", type=float, default=0.07, help="tau; lower: the nearest count more")
+    add("--per_class", action=yes_no, default=False, help="add the accuracy of each class at the first k")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=".", help="where results.jsonl gets its lines")
+    add("--batch_size_per_gpu", type=int, default=64, help="images per forward pass")
+    add("--seed", type=int, default=0, help="of random weights")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs with it")
+    return parser
+
+
+# --------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------
+
+
+def class_folders(root: Path) -> dict[str, list[str]]:
+    """Class name -> its images, by the folders in `root`."""
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
+    if len(folders) < 2:
+        common.fail(f"--data_path: {root} has {len(folders)} class folders, two or more are needed")
+    return {folder.name: common.list_images(folder) for folder in folders}
+
+
+def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[list, list, list[str], str]:
+    """Training and test images as (path, class number), the class names, and the split in words."""
+    root = Path(data_path)
+    if not root.is_dir():
+        common.fail(f"--data_path {root}: no such folder")
+    if (root / "train").is_dir():
+        name = next((name for name in ("val", "test") if (root / name).is_dir()), None)
+        if name is None:
+            common.fail(f"--data_path {root}: has train/ but neither val/ nor test/")
+        train, test, split = class_folders(root / "train"), class_folders(root / name), f"train/{name}"
+        if unknown := sorted(set(test) - set(train)):
+            common.fail(f"--data_path {root}: {name}/ has classes that train/ lacks: {', '.join(unknown)}")
+    else:
+        train, test, split = {}, {}, f"{val_fraction:g} of each class, split_seed {split_seed}"
+        for name, paths in class_folders(root).items():
+            generator = torch.Generator().manual_seed(common.stream_seed(split_seed, "split", name))
+            order = torch.randperm(len(paths), generator=generator).tolist()
+            count = max(1, round(val_fraction * len(paths)))
+            test[name], train[name] = ([paths[i] for i in part] for part in (order[:count], order[count:]))
+    names = list(train)
+    train, test = ([(path, names.index(name)) for name, paths in part.items() for path in paths]
+                   for part in (train, test))
+    return train, test, names, split
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """Images in uint8, the shorter side resized to 256/224 of `img_size`, then cut to it at the centre."""
+
+    def __init__(self, samples: list[tuple[str, int]], img_size: int):
+        self.samples, self.img_size = samples, img_size
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        """Returns the crop 3 x img_size x img_size, its class (-1: unreadable), and why it is unreadable."""
+        path, label = self.samples[index]
+        try:
+            image = common.read_image(path)
+        except common.UnreadableImageError as error:
+            return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), -1, str(error)
+        image = resize(image, [self.img_size * 256 // 224], InterpolationMode.BICUBIC, antialias=True)
+        return center_crop(image, [self.img_size, self.img_size]).contiguous(), label, ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Model: features of all images
+# --------------------------------------------------------------------------------------------------
+
+
+class ImageStats(nn.Module):
+    """Mean and standard deviation of each channel: what a backbone has to beat."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """N x 3 x H x W -> N x 6."""
+        return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
+
+
+@torch.inference_mode()
+def extract_features(backbone: nn.Module, samples: list[tuple[str, int]], img_size: int, mean: tuple,
+                     std: tuple, args: argparse.Namespace, process: Process) -> tuple[Tensor, Tensor]:
+    """Features N x D (float32, unnormalised) and labels N of all images, in their order, in every process.
+
+    Batches are dealt out to the processes whole, so each is the same whatever their number.
+    """
+    index = torch.arange(len(samples)).split(args.batch_size_per_gpu)
+    mine = [batch.tolist() for batch in index[process.rank :: process.world_size]]
+    loader = torch.utils.data.DataLoader(
+        LabelledImages(samples, img_size), batch_sampler=mine, pin_memory=process.device.type == "cuda",
+        num_workers=common.worker_count(args.num_workers))
+    amp_dtype = common.autocast_dtype(args.amp, process.device)
+    features, labels, unreadable = [], [], []
+    quiet = not (process.is_main and sys.stderr.isatty())
+    for images, label, message in tqdm(loader, "features", leave=False, disable=quiet):
+        x = common.normalize(images.to(process.device, non_blocking=True).float() / 255, mean, std)
+        with torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+            features.append(backbone(x).float().cpu())
+        labels.append(label)
+        unreadable += filter(None, message)
+    for message in unreadable:
+        print(f"warning: unreadable, left out: {message}", file=sys.stderr)
+    parts = [list(zip(features, labels, strict=True))]
+    if process.world_size > 1:
+        parts = [None] * process.world_size
+        dist.all_gather_object(parts, list(zip(features, labels, strict=True)), group=process.control)
+    # Batch number i was the process i % world_size's next one.
+    batches = [parts[i % process.world_size][i // process.world_size] for i in range(len(index))]
+    features, labels = (torch.cat(column) for column in zip(*batches, strict=True))
+    lost = int((labels < 0).sum())
+    if lost > 0.01 * len(samples):
+        common.fail(f"--data_path: {lost} of {len(samples)} images are unreadable, more than 1 %", code=1)
+    return features[labels >= 0], labels[labels >= 0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Vote
+# --------------------------------------------------------------------------------------------------
+
+
+def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int], temperature: float,
+                chunk_elements: int = 2**24) -> Tensor:
+    """Predicted classes by weighted vote, for all k from one top-k.
+
+    Args:
+        train: N x D features of unit length.
+        train_labels: N class numbers.
+        test: M x D features of unit length.
+        ks: numbers of neighbours.
+        temperature: tau; a vote weighs exp(cosine / tau).
+        chunk_elements: similarities held at once; bounds the memory.
+
+    Returns:
+        len(ks) x M class numbers, in the order of `ks`.
+    """
+    C, ascending = int(train_labels.max()) + 1, sorted(set(ks))
+    predictions = []
+    for chunk in test.split(max(1, chunk_elements // max(len(train), C))):
+        similarity, neighbours = (chunk @ train.T).topk(ascending[-1], dim=1)  # m x k, the nearest first
+        weights = ((similarity - 1) / temperature).exp()  # cosine 1 weighs 1: the same vote, and no overflow
+        votes, of_k, counted = torch.zeros(len(chunk), C, device=test.device), {}, 0
+        for k in ascending:  # k's voters are those of the smaller k and the next ones
+            votes.scatter_add_(1, train_labels[neighbours[:, counted:k]], weights[:, counted:k])
+            of_k[k], counted = votes.argmax(1), k
+        predictions.append(torch.stack([of_k[k] for k in ks]))
+    return torch.cat(predictions, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
+
+
+def prepare(name: str, known: dict, args: argparse.Namespace) -> tuple[nn.Module, int, tuple, tuple, str]:
+    """Backbone, crop size, mean, std and a report for one of --weights.
+
+    Args:
+        name: what the user gave.
+        known: arch, patch_size, img_size, mean, std of the first real weights of the call, for `random`.
+        args: the flags.
+    """
+    state, info = (None, known) if name in ("random", "image_stats") else \
+        common.read_weights(name, args.checkpoint_key)
+    img_size = args.img_size or info.get("img_size") or 224
+    mean, std = info.get("mean", common.IMAGENET_MEAN), info.get("std", common.IMAGENET_STD)
+    if name == "image_stats":
+        return ImageStats(), img_size, (0.0,) * 3, (1.0,) * 3, "mean and std of each channel, standardised"
+    arch = args.arch or info.get("arch")
+    if arch is None:
+        common.fail(f"--weights {name}: give its --arch")
+    if info.get("arch") not in (None, arch):
+        common.fail(f"--arch {arch}: {name} holds {info['arch']}")
+    torch.manual_seed(args.seed)
+    backbone = common.build_backbone(arch, img_size, args.patch_size or info.get("patch_size"))
+    report = f"{arch}, initial weights of seed {args.seed}"
+    if state:
+        report = f"{arch}, " + common.load_backbone(backbone, state, name, args.allow_partial)
+    multiple = common.patch_multiple(backbone)
+    if img_size % multiple:
+        common.fail(f"--img_size {img_size}: no multiple of the patch, {multiple}")
+    return backbone, img_size, mean, std, report
+
+
+def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train: list, test: list, C: int,
+             args: argparse.Namespace, process: Process) -> dict:
+    """Top-1 in percent for each k, and with --per_class that of each class at the first k."""
+    backbone = backbone.to(process.device).eval()
+    train_x, train_y = extract_features(backbone, train, img_size, mean, std, args, process)
+    test_x, test_y = extract_features(backbone, test, img_size, mean, std, args, process)
+    if isinstance(backbone, ImageStats):
+        center, spread = train_x.mean(0), train_x.std(0)
+        train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
+    train_x, test_x = F.normalize(train_x, dim=1).to(process.device), F.normalize(test_x, dim=1)
+    mine = slice(process.rank, None, process.world_size)  # this process's share of the test images
+    mine_x, mine_y = test_x[mine].to(process.device), test_y[mine]
+    predicted = knn_predict(train_x, train_y.to(process.device), mine_x, args.nb_knn, args.temperature).cpu()
+    right = torch.stack([mine_y[row == mine_y].bincount(minlength=C) for row in predicted])  # len(ks) x C
+    if process.world_size > 1:
+        dist.all_reduce(right, group=process.control)
+    of_class = torch.bincount(test_y, minlength=C)
+    result = {"top1": {str(k): round(100 * count / len(test_y), 3)
+                       for k, count in zip(args.nb_knn, right.sum(1).tolist(), strict=True)}}
+    if args.per_class:
+        result["per_class"] = [round(value, 3) for value in (100 * right[0] / of_class.clamp(min=1)).tolist()]
+    return result | {"train_images": len(train_y), "test_images": len(test_y)}
+
+
+def main() -> None:
+    """Checks everything, then measures each of the weights."""
+    parser = get_parser()
+    parser.error = common.fail
+    args = parser.parse_args()
+    common.check_range(args, positive=["img_size", "patch_size", "temperature", "batch_size_per_gpu"],
+                       not_negative=["num_workers"])
+    if not 0 < args.val_fraction < 1:
+        common.fail(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
+    process = common.init_process(args.device)
+    out = common.make_output_dir(args.output_dir, process)
+    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
+    if not 1 <= min(args.nb_knn) <= max(args.nb_knn) <= len(train):
+        common.fail(f"--nb_knn {' '.join(map(str, args.nb_knn))}: must be from 1 to the number of "
+                    f"training images, {len(train)}")
+    real = next((name for name in args.weights if name not in ("random", "image_stats")), None)
+    known = common.read_weights(real, args.checkpoint_key)[1] if real else {}
+    prepared = [prepare(name, known, args) for name in args.weights]
+
+    lines = []
+    for name, (backbone, img_size, mean, std, report) in zip(args.weights, prepared, strict=True):
+        began = time.perf_counter()
+        if process.is_main:
+            print(f"{name}: {report}", flush=True)
+        result = evaluate(backbone, img_size, mean, std, train, test, len(classes), args, process)
+        lines.append({"task": "knn", "weights": name, "data": args.data_path, "split": split,
+                      "img_size": img_size, "temperature": args.temperature, "seed": args.seed, **result,
+                      "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
+    if process.is_main:
+        print_table(lines, classes)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with open(out / "results.jsonl", "a") as file:
+            file.write(text)
+        print(text, end="")
+    if process.world_size > 1:
+        dist.destroy_process_group()
+
+
+def print_table(lines: list[dict], classes: list[str]) -> None:
+    """Top-1 in percent: a row for each of the weights, a column for each k, then the classes."""
+    width = max(len(line["weights"]) for line in lines)
+    print(f"\nkNN top-1 in %, {lines[0]['train_images']} training and {lines[0]['test_images']} test images, "
+          f"{len(classes)} classes (chance {100 / len(classes):.1f} %)")
+    print(" " * width + "".join(f"{'k ' + k:>9}" for k in lines[0]["top1"]))
+    for line in lines:
+        print(f"{line['weights']:{width}}" + "".join(f"{value:9.2f}" for value in line["top1"].values()))
+    if "per_class" in lines[0]:
+        print(f"\nper class at k {next(iter(lines[0]['top1']))}")
+        for i, name in enumerate(classes):
+            print(f"  {name:24}" + "".join(f"{line['per_class'][i]:9.2f}" for line in lines))
+    print()
+
+
+if __name__ == "__main__":
+    main()
