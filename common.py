@@ -183,7 +183,7 @@ class SkipUnreadable(torch.utils.data.Dataset):
                 return self.dataset[epoch, (index + attempt) % len(self.dataset)], messages
             except UnreadableImageError as error:
                 messages.append(str(error))
-        raise RuntimeError(f"{len(messages)} unreadable images in a row, the last: {messages[-1]}")
+        raise UnreadableImageError(f"{len(messages)} unreadable images in a row, the last: {messages[-1]}")
 
 
 class StepSampler(torch.utils.data.Sampler):
@@ -226,7 +226,6 @@ def _quiet_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-@atexit.register
 def _end_workers() -> None:
     # Workers ignore SIGTERM, so after an error Python's own clean-up would wait for them for ever.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader complains that they died
@@ -251,6 +250,7 @@ def build_loader(dataset: torch.utils.data.Dataset, sampler: StepSampler, num_wo
         num_workers: see worker_count.
         device: where batches will go; memory is pinned for cuda.
     """
+    atexit.register(_end_workers)
     return torch.utils.data.DataLoader(
         SkipUnreadable(dataset), batch_sampler=sampler, num_workers=worker_count(num_workers),
         collate_fn=_collate, worker_init_fn=_quiet_worker, pin_memory=device.type == "cuda")
@@ -464,6 +464,8 @@ def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict
     elif key not in checkpoint:
         fail(f"--checkpoint_key {key}: {path} has {', '.join(map(str, list(checkpoint)[:12]))}")
     state = checkpoint[key] if key else checkpoint
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        fail(f"{flag} {path}: {f'its {key} is' if key else 'is'} no state dict of tensors")
     for prefix in ("module.", "backbone."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()
@@ -619,7 +621,7 @@ def versions() -> dict[str, str]:
                              cwd=Path(__file__).parent, capture_output=True).stdout.strip()
     except OSError:  # no git on this machine
         git = ""
-    libraries = {library.__name__: library.__version__ for library in (torch, torchvision, timm)}
+    libraries = {library.__name__: str(library.__version__) for library in (torch, torchvision, timm)}
     return {"python": sys.version.split()[0], **libraries, "commit": git or "unknown"}
 
 
@@ -663,7 +665,10 @@ class Meter:
     def fetch(self, batches: Iterator) -> object:
         """The next batch, timed; warns about images that could not be read, once each."""
         began = time.perf_counter()
-        batch, messages = next(batches)
+        try:
+            batch, messages = next(batches)
+        except UnreadableImageError as error:
+            fail(str(error).splitlines()[-1], code=1)  # the lines before are the worker's traceback
         self.waited += time.perf_counter() - began
         for message in set(messages) - self.unreadable:
             print(f"warning: unreadable, another image taken: {message}", file=sys.stderr, flush=True)

@@ -185,6 +185,7 @@ class View:
     size: int  # side in pixels
     scale: tuple[float, float]  # share of the image's area
     interpolation: InterpolationMode
+    for_teacher: bool = False  # a global view
     date: int = 0  # which of the drawn dates
     p_flip: float = 0.5
     jitter: tuple[float, float, float, float] = (0.4, 0.4, 0.2, 0.1)  # brightness, contrast, saturation, hue
@@ -224,12 +225,12 @@ def make_views(mode: str, img_size: int, sizes: Sequence[int], global_scale: tup
     bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
     if mode == "tp":
         # Two of the three dates change colour and flip; the third and the local crops stay as they are.
-        a = View(img_size, global_scale, bicubic, jitter=(0.4, 0.4, 0.4, 0.1))
+        a = View(img_size, global_scale, bicubic, for_teacher=True, jitter=(0.4, 0.4, 0.4, 0.1))
         plain = {"p_flip": 0.0, "p_jitter": 0.0, "p_gray": 0.0, "p_blur": 0.0}
         return [replace(a, date=1), replace(a, date=2, **plain), replace(a, date=0),
                 *(View(size, local_scale, bilinear, **plain) for size in sizes)]
-    global_1 = View(img_size, global_scale, bicubic, p_blur=1.0)
-    global_2 = View(img_size, global_scale, bicubic, p_blur=0.1, p_solarize=0.2)
+    global_1 = View(img_size, global_scale, bicubic, for_teacher=True, p_blur=1.0)
+    global_2 = View(img_size, global_scale, bicubic, for_teacher=True, p_blur=0.1, p_solarize=0.2)
     if mode == "dino":
         return [global_1, global_2, *(View(size, local_scale, bicubic) for size in sizes)]
     strong = (0.8, 0.8, 0.8, 0.2)
@@ -280,11 +281,12 @@ def color_views(crops: list[Tensor], views: list[View], mean: Sequence[float], s
         generator: on the CPU.
 
     Returns:
-        for each run of views of one size, a float tensor (n_views * B) x 3 x size x size, view by view.
+        float tensors (n_views * B) x 3 x size x size: all global views, then each run of equal local sizes.
     """
     groups = []
     B = len(crops[0])
-    for (_, jitter), members in groupby(range(len(views)), key=lambda v: (views[v].size, views[v].jitter)):
+    same = [(view.for_teacher, view.size, view.jitter) for view in views]
+    for (_, _, jitter), members in groupby(range(len(views)), key=lambda v: same[v]):
         members = list(members)
         p_jitter, p_gray, p_blur, p_solarize = (
             torch.tensor([getattr(views[v], name) for v in members]).repeat_interleave(B)
@@ -370,6 +372,11 @@ class Network(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
+def teacher_probabilities(teacher: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+    """P = softmax((t - c) / tau_t) of the outputs ... x K, in float32."""
+    return ((teacher.float() - center) / teacher_temp).softmax(-1)
+
+
 class DINOLoss(nn.Module):
     """Cross-entropy between the teacher on a global view and the student on every other view.
 
@@ -384,10 +391,6 @@ class DINOLoss(nn.Module):
         self.student_temp, self.center_momentum = student_temp, center_momentum
         self.register_buffer("center", torch.zeros(out_dim))
 
-    def teacher_probabilities(self, teacher: Tensor, teacher_temp: float) -> Tensor:
-        """P = softmax((t - c) / tau_t), in float32."""
-        return ((teacher.float() - self.center) / teacher_temp).softmax(-1)
-
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
         """Mean over the pairs (i, v), v not i, and the batch of -sum_k P_i[k] log softmax(s_v / tau_s)[k].
 
@@ -398,7 +401,7 @@ class DINOLoss(nn.Module):
         """
         T, B, _ = teacher.shape
         V = len(student)
-        P = self.teacher_probabilities(teacher, teacher_temp)  # T x B x K
+        P = teacher_probabilities(teacher, self.center, teacher_temp)  # T x B x K
         log_q = (student.float() / self.student_temp).log_softmax(-1)  # V x B x K
         pairs = -torch.einsum("tbk,vbk->tv", P, log_q) / B  # T x V, every pair
         return (pairs.sum() - pairs.diagonal().sum()) / (T * (V - 1))
@@ -415,18 +418,20 @@ class DINOLoss(nn.Module):
 
 
 @torch.no_grad()
-def health(P: Tensor, features: Tensor) -> dict[str, float]:
+def health(teacher: Tensor, center: Tensor, teacher_temp: float, features: Tensor) -> dict[str, float]:
     """Figures that tell learning from collapse.
 
     Args:
-        P: T x B x K teacher probabilities.
+        teacher: T x B x K outputs.
+        center: K, as the loss used it.
+        teacher_temp: tau_t.
         features: N x D student features of the global views.
 
     Returns:
         entropy of P (ln K: uniform); kl of P from its batch mean (0: the same for all images, collapsed);
         feature_std, of the unit features, times sqrt(D) (near 1: healthy, near 0: collapsed).
     """
-    P = P.flatten(0, 1)
+    P = teacher_probabilities(teacher, center, teacher_temp).flatten(0, 1)
     mean = P.mean(0)
     entropy = -torch.special.xlogy(P, P).sum(-1).mean()
     kl = -torch.special.xlogy(mean, mean).sum() - entropy
@@ -451,7 +456,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
                     dino_loss: DINOLoss, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                     schedule: Callable[[int], dict[str, float]], views: list[View], args: argparse.Namespace,
                     process: Process, meter: common.Meter,
-                    after_step: Callable[[int, Callable], bool]) -> bool:
+                    after_step: Callable[[int, dict, Callable], bool]) -> bool:
     """Trains the optimizer steps `steps` of one epoch; returns True as soon as the run is to stop.
 
     Args:
@@ -468,10 +473,10 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         args: the flags.
         process: this one.
         meter: collects what the log shows.
-        after_step: given the number of steps done and a function for the figures to log, it logs, saves, and
-            says whether to stop.
+        after_step: given the number of steps done, values to log and a function that computes more, it logs,
+            saves, and says whether to stop.
     """
-    T = 3 if args.mode == "tp" else 2
+    T = sum(view.for_teacher for view in views)
     network = student.module if isinstance(student, DistributedDataParallel) else student
     amp_dtype = common.autocast_dtype(args.amp, process.device)
     autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
@@ -517,7 +522,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         optimizer.zero_grad()
 
         # Centre: over all processes, after the loss has used the old one. Teacher: after the optimizer step.
-        P = dino_loss.teacher_probabilities(teacher_out, teacher_temp)
+        center = dino_loss.center.clone()
         if process.world_size > 1:
             dist.all_reduce(teacher_mean)
             teacher_mean /= process.world_size
@@ -525,8 +530,8 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         common.update_ema(network, teacher, now["momentum"])
 
         meter.end_step({"loss": step_loss})
-        figures = partial(health, P, features[: T * B])
-        if after_step(step + 1, lambda: {**figures(), **now, "teacher_temp": teacher_temp}):  # noqa: B023
+        figures = partial(health, teacher_out, center, teacher_temp, features[: T * B])
+        if after_step(step + 1, {**now, "teacher_temp": teacher_temp}, figures):
             return True
     return False
 
@@ -625,9 +630,6 @@ def main() -> None:
     for name, part in stateful.items():
         if saved:
             part.load_state_dict(saved[name])
-    if start_step >= end_step:
-        print(f"{out}: finished already, {start_step} of {end_step} steps done")
-        return
     if args.compile:
         for model in (network, teacher):
             model.backbone.compile()
@@ -652,8 +654,10 @@ def main() -> None:
     header = {"argv": sys.argv, "versions": versions, "device": common.device_name(process.device),
               "processes": process.world_size, "images": len(paths), "samples": len(locations),
               "effective_batch": effective_batch, "scaled_lr": lr, "steps_per_epoch": steps_per_epoch,
-              "steps": total_steps, "first_step": start_step, "last_step": end_step,
+              "steps": total_steps, "from_step": start_step, "to_step": end_step,
               "views": [view.size for view in views], "chance_loss": math.log(args.out_dim)}
+    if process.is_main:
+        print("  ".join(f"{name} {value}" for name, value in list(header.items())[2:]))  # argv, versions: log
     log = common.RunLog(out, process, end_step, start_step, header)
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
@@ -666,13 +670,14 @@ def main() -> None:
             common.export_backbone(teacher.backbone, out / "backbone", args.img_size, args.mean, args.std)
         saved_at = time.monotonic()
 
-    def after_step(step: int, figures: Callable[[], dict]) -> bool:
+    def after_step(step: int, values: dict, figures: Callable[[], dict]) -> bool:
         overdue = time.monotonic() - saved_at > 60 * args.save_minutes
         stopping, overdue = common.agree(process, stop.seen, overdue)
         epochs, rest = divmod(step, steps_per_epoch)
         saving = stopping or overdue or step == end_step or (rest == 0 and epochs % args.save_every == 0)
         if saving or step % args.log_every == 0:
-            log.write(step, {"epoch": epochs, **meter.summary(step, effective_batch), **figures()})
+            terms = meter.summary(step, effective_batch)
+            log.write(step, {"epoch": epochs, **terms, **figures(), **values})
         if saving:
             save(step)
         log.advance()
@@ -689,7 +694,7 @@ def main() -> None:
     log.close()
     if process.is_main:
         print(f"stopped by a signal after a checkpoint; the same command goes on: {out}" if stopped else
-              f"done. Judge it: python eval_knn.py --data_path LABELLED_IMAGES --weights {out}")
+              f"{end_step} steps done. Judge it: python eval_knn.py --data_path LABELLED --weights {out}")
     if process.world_size > 1:
         dist.destroy_process_group()
 

@@ -1,0 +1,24 @@
+# make demo: sets everything up and pre-trains on drawn scenes; make test: the tests; make lint: the linter.
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: demo test lint clean
+
+.venv/.installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: .venv/.installed
+	$(PY) demo/scenes.py --output_dir demo/data
+	$(PY) dino_mc.py --data_path demo/data/train --output_dir demo/output DEMOFLAGS
+	$(PY) eval_knn.py --data_path demo/data --weights demo/output image_stats random --output_dir demo/output
+
+test: .venv/.installed
+	$(PY) -m pytest -q
+
+lint: .venv/.installed
+	.venv/bin/ruff check .
+
+clean:
+	rm -rf demo/data demo/output

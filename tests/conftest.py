@@ -1,0 +1,120 @@
+"""Fixtures: small scene images, and the scripts run inside this process."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import dino_mc
+import eval_knn
+from demo.scenes import write_dataset
+
+torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+ROOT = Path(__file__).parent.parent
+# What a tiny run of dino_mc needs; `test_vit` and `test_resnet` are timm's own miniature models.
+TINY = [
+    "--img_size",
+    "32",
+    "--out_dim",
+    "64",
+    "--batch_size_per_gpu",
+    "4",
+    "--local_crops_number",
+    "2",
+    "--epochs",
+    "3",
+    "--warmup_epochs",
+    "1",
+    "--num_workers",
+    "0",
+    "--device",
+    "cpu",
+]
+TINY_VIT = ["--arch", "test_vit", "--patch_size", "8"]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory):
+    """train/ (30 images), val/ (20), locations/ (10 places, 3 dates) of 48 px."""
+    folder = tmp_path_factory.mktemp("scenes") / "data"
+    write_dataset(
+        folder,
+        {"train_per_class": 3, "val_per_class": 2, "locations": 10, "dates": 3, "image_size": 48, "seed": 0},
+    )
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a script's main() with the given flags; signal handlers are put back."""
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    }
+
+    def main(script, *flags):
+        module = {"dino_mc": dino_mc, "eval_knn": eval_knn}[script]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
+        try:
+            module.main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    return main
+
+
+@pytest.fixture
+def train(run, scenes):
+    """A tiny dino_mc run; returns its checkpoint."""
+
+    def main(out, *flags, data="train"):
+        run(
+            "dino_mc",
+            "--data_path",
+            scenes / data,
+            "--output_dir",
+            out,
+            *TINY,
+            *([] if "--arch" in flags else TINY_VIT),
+            *flags,
+        )
+        return torch.load(Path(out) / "checkpoint.pth", weights_only=True)
+
+    return main
+
+
+def launch(*command, processes=1, **kwargs):
+    """Starts a script as a user does, in a process of its own."""
+    start = (
+        [sys.executable]
+        if processes == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    )
+    return subprocess.Popen(
+        [*start, *map(str, command)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+def assert_same(a, b, path=""):
+    """Two nested states are equal to the last bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), path
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_same(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{path}[{i}]")
+    else:
+        assert a == b, path

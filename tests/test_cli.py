@@ -1,0 +1,353 @@
+"""The scripts as a user starts them: help, flags, bad input, signals, damaged files."""
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, TINY, TINY_VIT, assert_same, launch
+
+import dino_mc
+import eval_knn
+
+SCRIPTS = {"dino_mc": dino_mc, "eval_knn": eval_knn}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, "demo/scenes"])
+def test_help_lists_every_flag(script):
+    out, err = launch(f"{script}.py", "--help").communicate(timeout=120)
+    assert "--output_dir" in out and "--seed" in out and not err
+    if script in SCRIPTS:
+        for action in SCRIPTS[script].get_parser()._actions:
+            assert action.option_strings[0] in out and action.help
+
+
+def example(action):
+    """Words for the command line that differ from the flag's default, and the value they must give."""
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return ([action.option_strings[1]], False) if action.default else ([action.option_strings[0]], True)
+    if action.choices:
+        value = next(choice for choice in action.choices if choice != action.default)
+        return [action.option_strings[0], value], value
+    value = {int: 7, float: 0.125, None: "word"}[action.type]
+    if action.nargs is None:
+        return [action.option_strings[0], str(value)], value
+    count = action.nargs if isinstance(action.nargs, int) else 2
+    return [action.option_strings[0], *[str(value)] * count], [value] * count
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_survives_from_a_string(script):
+    actions = [action for action in SCRIPTS[script].get_parser()._actions if action.dest != "help"]
+    words = [word for action in actions for word in example(action)[0]]
+    args = SCRIPTS[script].get_parser().parse_args(words)
+    for action in actions:
+        assert getattr(args, action.dest) == example(action)[1] != action.default, action.dest
+        assert action.type is not bool
+
+
+BAD_TRAINING = [
+    (["--data_path", "/nonexistent"], "--data_path /nonexistent: no such folder"),
+    (["--data_path", "EMPTY"], "no image in it"),
+    (["--data_path", "BROKEN"], "none of the images looked at is readable"),
+    (["--arch", "resnet19"], "--arch resnet19: timm has no such model; close: resnet1"),
+    (
+        ["--arch", "test_resnet", "--patch_size", "8"],
+        "--arch test_resnet: cannot be built with --patch_size 8",
+    ),
+    (
+        ["--batch_size_per_gpu", "31"],
+        "--batch_size_per_gpu 31: the effective batch, 31, is larger than the data, 30",
+    ),
+    (["--batch_size_per_gpu", "8", "--accum_steps", "4"], "the effective batch, 32, is larger"),
+    (["--img_size", "64"], "--img_size 64: most images are smaller"),
+    (
+        ["--local_crops_size", "40"],
+        "--local_crops_size 40: must be at least the patch, 8, and local crops at most",
+    ),
+    (["--local_crops_size", "4"], "--local_crops_size 4: must be"),
+    (["--local_crops_size", "8", "8", "8"], "--local_crops_size: one side or 2"),
+    (["--local_crops_number", "7"], "--local_crops_number 7: mode mc has 6 sizes"),
+    (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs 2: must be less than --epochs 2"),
+    (["--global_crops_scale", "0.5", "0.2"], "--global_crops_scale 0.5 0.2: must be 0 < low <= high <= 1"),
+    (["--mode", "tp", "--one_date_per_location"], "--one_date_per_location: only with --mode mc or dino"),
+    (["--mode", "tp", "--data_path", "SINGLE"], "every folder has one image"),
+    (["--mode", "cm"], "argument --mode: invalid choice: 'cm'"),
+    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
+    (["--lr", "0"], "--lr 0.0: must be above 0"),
+    (["--lr", "nan"], "--lr nan: must be above 0"),
+    (["--epochs", "-1"], "--epochs -1: must be above 0"),
+    (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5: must be between 0 and 1"),
+    (["--num_workers", "-1"], "--num_workers -1: must be at least 0"),
+    (["--std", "1", "0", "1"], "--std 1.0 0.0 1.0: must be above 0"),
+    (["--device", "cuda"], "--device cuda: this machine has none"),
+    (["--amp", "fp16"], "--amp fp16: only on cuda"),
+    (["--init", "nothing.pth"], "--init nothing.pth: no such file"),
+    (["--init", "TEXT"], "no PyTorch file"),
+    (["--init", "RESNET"], "another arch?"),
+    (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
+    (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: cannot be written to"),
+]
+
+
+@pytest.fixture(scope="session")
+def places(scenes, tmp_path_factory):
+    """Folders and files that bad input refers to by name."""
+    root = tmp_path_factory.mktemp("places")
+    for name in ("EMPTY", "BROKEN", "SINGLE/a", "SINGLE/b"):
+        (root / name).mkdir(parents=True)
+    (root / "BROKEN" / "x.png").write_text("no image")
+    for name in ("a", "b"):
+        shutil.copy(next((scenes / "train" / "forest").iterdir()), root / "SINGLE" / name / "x.png")
+    (root / "TEXT").write_text("no weights")
+    torch.save({"layer.weight": torch.zeros(3)}, root / "RESNET")
+    return root
+
+
+def refused(run, capsys, script, flags, message, code=2):
+    with pytest.raises(SystemExit) as stop:
+        run(script, *flags)
+    captured = capsys.readouterr()
+    assert stop.value.code == code
+    assert len(captured.err.splitlines()) == 1 and captured.err.startswith("error: "), captured.err
+    assert message in captured.err
+    assert "step" not in captured.out
+
+
+@pytest.mark.parametrize("flags, message", BAD_TRAINING, ids=[" ".join(flags) for flags, _ in BAD_TRAINING])
+def test_bad_training_input_is_one_line_before_any_work(
+    run, capsys, scenes, places, tmp_path, flags, message
+):
+    flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
+    model = [] if "--arch" in flags else TINY_VIT
+    refused(
+        run,
+        capsys,
+        "dino_mc",
+        ["--data_path", scenes / "train", "--output_dir", tmp_path / "out", *TINY, *model, *flags],
+        message,
+    )
+    assert not (tmp_path / "out" / "checkpoint.pth").exists()
+
+
+BAD_EVALUATION = [
+    (["--nb_knn", "31"], "--nb_knn 31: must be from 1 to the number of training images, 30"),
+    (["--nb_knn", "0"], "--nb_knn 0: must be"),
+    (["--data_path", "/nonexistent"], "no such folder"),
+    (["--data_path", "EMPTY"], "has 0 class folders"),
+    (["--weights", "random"], "--weights random: give its --arch"),
+    (["--weights", "RESNET", "--arch", "test_resnet"], "another arch?"),
+    (["--weights", "RESNET"], "give its --arch"),
+    (["--weights", "TEXT"], "no PyTorch file"),
+    (["--weights", "resnet5o"], "no such file, output folder or timm model; close: resnet5"),
+    (["--weights", "resnet18"], "timm could not load pretrained weights"),
+    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
+    (["--val_fraction", "1"], "--val_fraction 1.0: must be between 0 and 1"),
+    (
+        ["--weights", "random", "--arch", "test_vit", "--patch_size", "8", "--img_size", "30"],
+        "no multiple of the patch, 8",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    "flags, message", BAD_EVALUATION, ids=[" ".join(flags) for flags, _ in BAD_EVALUATION]
+)
+def test_bad_evaluation_input_is_one_line(run, capsys, scenes, places, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
+    refused(
+        run,
+        capsys,
+        "eval_knn",
+        [
+            "--data_path",
+            scenes,
+            "--weights",
+            "image_stats",
+            "--nb_knn",
+            "1",
+            "--output_dir",
+            tmp_path,
+            "--num_workers",
+            0,
+            *flags,
+        ],
+        message,
+    )
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_changed_flags_on_resume_are_named(train, run, capsys, scenes, tmp_path):
+    train(tmp_path, "--max_steps", "1")
+    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *TINY, *TINY_VIT]
+    refused(
+        run,
+        capsys,
+        "dino_mc",
+        [*base, "--teacher_temp", "0.05", "--out_dim", "32"],
+        "other settings: out_dim was 64, is 32; teacher_temp was 0.04, is 0.05",
+    )
+    refused(run, capsys, "dino_mc", [*base, "--batch_size_per_gpu", "2"], "effective_batch was 4, is 2")
+    refused(run, capsys, "dino_mc", [*base, "--data_path", scenes / "val"], "images was 30, is 20")
+    run(
+        "dino_mc",
+        *base,
+        "--batch_size_per_gpu",
+        "2",
+        "--accum_steps",
+        "2",
+        "--save_every",
+        "2",
+        "--max_steps",
+        "2",
+    )
+    (tmp_path / "checkpoint.pth").write_bytes((tmp_path / "checkpoint.pth").read_bytes()[:5000])
+    capsys.readouterr()
+    refused(run, capsys, "dino_mc", base, "checkpoint.pth cannot be resumed")
+
+
+def test_weights_of_another_arch_are_refused(train, run, capsys, scenes, tmp_path):
+    train(tmp_path / "out", "--max_steps", "1")
+    base = ["--data_path", scenes, "--output_dir", tmp_path, "--nb_knn", "1", "--weights", tmp_path / "out"]
+    refused(run, capsys, "eval_knn", [*base, "--arch", "test_resnet"], f"{tmp_path / 'out'} holds test_vit")
+    refused(
+        run,
+        capsys,
+        "eval_knn",
+        [*base[:-1], tmp_path / "out" / "checkpoint.pth", "--checkpoint_key", "key"],
+        "--checkpoint_key key",
+    )
+
+
+def test_one_unreadable_image_is_skipped_and_many_stop_the_run(run, capsys, scenes, tmp_path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for copy in range(4):
+        for path in (scenes / "train").rglob("*.png"):
+            shutil.copy(path, flat / f"{copy}_{path.name}")
+    (flat / "bad.jpg").write_bytes(b"\xff\xd8 broken")
+    base = ["--data_path", flat, *TINY, *TINY_VIT, "--epochs", "2", "--log_every", "10"]
+    run("dino_mc", *base, "--output_dir", tmp_path / "out", "--max_steps", "60")
+    captured = capsys.readouterr()
+    assert captured.err.count("warning: unreadable") == 1 and "bad.jpg" in captured.err
+    last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 60 and last["unreadable"] == 1
+    for i in range(5):
+        (flat / f"bad{i}.jpg").write_text("no image")
+    with pytest.raises(SystemExit) as stop:
+        run("dino_mc", *base, "--output_dir", tmp_path / "out2")
+    assert stop.value.code == 1 and "over 1 %" in capsys.readouterr().err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path):
+    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *TINY, *TINY_VIT, "--log_every", "1"]
+    with pytest.raises(SystemExit) as stop:
+        run("dino_mc", *base, "--lr", "1e30", "--warmup_epochs", "0", "--clip_grad", "0")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert re.search(r"error: step \d+: not finite: \{'loss': nan\}", error), error
+    assert not (tmp_path / "checkpoint.pth").exists()  # nothing was good yet, and nothing bad is written
+
+
+def wait_for(process, log, step):
+    """Waits until the log has a line of at least `step`."""
+    for _ in range(600):
+        assert process.poll() is None, process.communicate()
+        lines = log.read_text().splitlines() if log.exists() else []
+        if any('"step"' in line and json.loads(line).get("step", 0) >= step for line in lines[:-1]):
+            return
+        time.sleep(0.1)
+    raise AssertionError("no progress")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_signal_writes_a_checkpoint_and_the_run_goes_on(scenes, train, tmp_path, number):
+    base = [
+        "--data_path",
+        scenes / "train",
+        *TINY,
+        *TINY_VIT,
+        "--epochs",
+        "30",
+        "--save_every",
+        "100",
+        "--log_every",
+        "1",
+    ]
+    process = launch(
+        "dino_mc.py", *base, "--output_dir", tmp_path / "a", "--num_workers", "1", start_new_session=True
+    )
+    wait_for(process, tmp_path / "a" / "log.jsonl", 3)
+    os.killpg(process.pid, number)  # the workers get it too, as under a scheduler or Ctrl-C
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert "stopped by a signal after a checkpoint" in out
+    step = torch.load(tmp_path / "a" / "checkpoint.pth", weights_only=True)["step"]
+    assert (
+        step >= 3 and step == json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])["step"]
+    )
+    if number == signal.SIGTERM:
+        resumed = train(tmp_path / "a", *base[2:], "--max_steps", str(step + 2))
+        unbroken = train(tmp_path / "b", *base[2:], "--max_steps", str(step + 2))
+        assert_same(resumed["student"], unbroken["student"])
+
+
+def test_killed_run_goes_on_from_its_last_checkpoint(scenes, train, tmp_path):
+    base = ["--data_path", scenes / "train", *TINY, *TINY_VIT, "--epochs", "4", "--log_every", "1"]
+    for _ in range(2):
+        process = launch("dino_mc.py", *base, "--output_dir", tmp_path / "a", "--num_workers", "1")
+        wait_for(process, tmp_path / "a" / "log.jsonl", 8 + random.randrange(6))
+        process.kill()
+        process.communicate()
+    resumed = train(tmp_path / "a", *base[2:])
+    unbroken = train(tmp_path / "b", *base[2:])
+    for part in ("student", "teacher", "optimizer", "dino_loss", "step"):
+        assert_same(resumed[part], unbroken[part])
+    steps = [json.loads(line).get("step") for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    steps = [step for step in steps if step]
+    assert steps == sorted(set(steps)) and steps[-1] == 28
+
+
+def test_scenes_are_repeatable_and_refuse_bad_counts(tmp_path):
+    flags = [
+        "--train_per_class",
+        "1",
+        "--val_per_class",
+        "1",
+        "--locations",
+        "2",
+        "--dates",
+        "2",
+        "--image_size",
+        "32",
+    ]
+    command = [sys.executable, str(ROOT / "demo" / "scenes.py")]
+    for name in ("a", "b"):
+        subprocess.run(
+            [*command, "--output_dir", str(tmp_path / name), *flags], check=True, capture_output=True
+        )
+    a, b = (
+        {path.relative_to(root): path.read_bytes() for path in root.rglob("*.png")}
+        for root in (tmp_path / "a", tmp_path / "b")
+    )
+    assert a == b and len(a) == 10 + 10 + 4 and len(set(a.values())) == len(a)
+    again = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "a"), *flags, "--seed", "1"], capture_output=True, text=True
+    )
+    assert again.returncode == 2 and "Traceback" not in again.stderr
+    bad = subprocess.run(
+        [*command, "--output_dir", str(tmp_path / "c"), "--train_per_class", "0"],
+        capture_output=True,
+        text=True,
+    )
+    assert bad.returncode == 2 and "Traceback" not in bad.stderr

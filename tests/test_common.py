@@ -1,0 +1,430 @@
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+from torch import nn
+
+import common
+from common import Process
+
+ALONE = Process(0, 1, torch.device("cpu"), None)
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture
+def images():
+    """Eight images with flat, dark, bright and grey parts, where colour formulas have their special cases."""
+    x = torch.rand(8, 3, 20, 24, generator=generator())
+    x[0] = 0.5
+    x[1, :, :5] = 0
+    x[1, :, 5:9] = 1
+    x[2] = x[2].mean(0)
+    return x
+
+
+# ------------------------------------------------------------------ seeds and samples
+
+
+def test_stream_seed_depends_on_every_part_and_is_the_same_everywhere():
+    seeds = {
+        common.stream_seed(*parts)
+        for parts in ((0, "a", 1, 2), (0, "a", 2, 1), (1, "a", 1, 2), (0, "b", 1, 2))
+    }
+    assert len(seeds) == 4
+    assert (
+        common.stream_seed(0, "geometry", 3, 7) == 63523105248240457
+    )  # pinned: seeds must not change between versions
+
+
+def batches(length, batch, accum, rank, world, start=0, end=None, seed=0):
+    process = Process(rank, world, torch.device("cpu"), None)
+    end = 2 * (length // (batch * accum * world)) if end is None else end
+    return list(common.StepSampler(length, batch, accum, process, seed, start, end))
+
+
+def test_sampler_takes_every_image_once_per_epoch_in_another_order():
+    order = [key for batch in batches(12, 3, 1, 0, 1) for key in batch]
+    for epoch in (0, 1):
+        assert sorted(index for e, index in order if e == epoch) == list(range(12))
+    assert [i for _, i in order[:12]] != [i for _, i in order[12:]]
+    assert order != [key for batch in batches(12, 3, 1, 0, 1, seed=1) for key in batch]
+
+
+def test_sampler_gives_any_split_of_the_effective_batch_the_same_steps():
+    whole = batches(26, 12, 1, 0, 1)
+    for batch, accum, world in ((3, 2, 2), (6, 1, 2), (4, 3, 1)):
+        parts = [batches(26, batch, accum, rank, world) for rank in range(world)]
+        for step, expected in enumerate(whole):
+            found = [
+                key for part in parts for micro in part[step * accum : (step + 1) * accum] for key in micro
+            ]
+            assert sorted(found) == sorted(expected)
+
+
+def test_sampler_resumes_in_the_middle_of_an_epoch():
+    whole = batches(20, 2, 2, 1, 2)
+    assert batches(20, 2, 2, 1, 2, start=3) == whole[6:]
+    assert len(common.StepSampler(20, 2, 2, ALONE, 0, 3, 7)) == 8
+
+
+def test_list_images_finds_all_suffixes_at_any_depth_in_sorted_order(tmp_path):
+    for name in ("b/c/x.JPG", "a.tif", "b/y.jpeg", "z.webp", "b/.hidden.png", "notes.txt", "b/ü n.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [os.path.relpath(path, tmp_path) for path in common.list_images(tmp_path)]
+    assert found == sorted(["a.tif", "b/c/x.JPG", "b/y.jpeg", "b/ü n.png", "z.webp"])
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "LA", "1", "RGB"])
+def test_read_image_makes_rgb_of_8_bit_modes(tmp_path, mode):
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    picture = Image.fromarray((np.arange(5 * 7 * 3) % 251).astype(np.uint8).reshape(5, 7, 3)).convert(mode)
+    picture.save(path)
+    image = common.read_image(path)
+    assert image.dtype == torch.uint8 and image.shape == (3, 5, 7)
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(picture.convert("RGB")))
+
+
+def test_read_image_refuses_damaged_and_16_bit_files(tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
+    good = tmp_path / "good.png"
+    Image.new("RGB", (64, 64)).save(good)
+    (tmp_path / "half.png").write_bytes(good.read_bytes()[:60])
+    for name, reason in (
+        ("text", "cannot identify"),
+        ("deep", "16-bit"),
+        ("half", "half.png"),
+        ("gone", "No such"),
+    ):
+        with pytest.raises(common.UnreadableImageError, match=reason):
+            common.read_image(tmp_path / f"{name}.png")
+
+
+def test_skip_unreadable_takes_the_next_sample_and_says_so():
+    class Dataset(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, key):
+            if key[1] in (1, 2):
+                raise common.UnreadableImageError(f"file {key[1]}")
+            return key
+
+    dataset = common.SkipUnreadable(Dataset())
+    assert dataset[5, 0] == ((5, 0), [])
+    assert dataset[5, 1] == ((5, 3), ["file 1", "file 2"])
+
+
+def test_check_images(tmp_path, capsys):
+    for i, side in enumerate((30, 40, 50)):
+        Image.new("RGB", (side, 90)).save(tmp_path / f"{i}.png")
+    paths = common.list_images(tmp_path)
+    common.check_images(paths, 40)
+    with pytest.raises(SystemExit) as stop:
+        common.check_images(paths, 41)
+    assert stop.value.code == 2 and "--img_size 41" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ colour, sample by sample
+# Agreement with torchvision's functional operations on float images: 1e-5; 2e-4 for hue.
+
+
+@pytest.mark.parametrize(
+    "name, factors",
+    [
+        ("brightness", [0, 0.2, 0.6, 1, 1.2, 1.4, 1.8, 2]),
+        ("contrast", [0, 0.2, 0.6, 1, 1.2, 1.4, 1.8, 2]),
+        ("saturation", [0, 0.2, 0.6, 1, 1.2, 1.4, 1.8, 2]),
+        ("hue", [-0.5, -0.2, -0.1, 0, 0.05, 0.1, 0.2, 0.5]),
+    ],
+)
+def test_adjustments_match_torchvision(images, name, factors):
+    ours = getattr(common, f"adjust_{name}")(images.clone(), torch.tensor(factors, dtype=torch.float32))
+    reference = getattr(TF, f"adjust_{name}")
+    for image, factor, result in zip(images, factors, ours, strict=True):
+        torch.testing.assert_close(
+            result, reference(image, factor), atol=2e-4 if name == "hue" else 1e-5, rtol=0
+        )
+
+
+def test_color_jitter_applies_each_samples_own_factors_in_its_own_order(images):
+    where, factors, order = common.draw_color_jitter(
+        (0.8, 0.8, 0.8, 0.2), torch.full((8,), 0.6), generator(3)
+    )
+    assert 0 < where.sum() < 8 and len({tuple(row) for row in order.tolist()}) > 2
+    ours = common.color_jitter(images.clone(), where, factors, order)
+    operations = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
+    for i, image in enumerate(images):
+        for kind in order[i].tolist() if where[i] else []:
+            image = operations[kind](image, factors[i, kind].item())
+        torch.testing.assert_close(ours[i], image, atol=1e-3, rtol=0)
+
+
+def test_color_jitter_draws_cover_the_range_and_differ_by_sample():
+    where, factors, order = common.draw_color_jitter(
+        (0.4, 0.4, 0.2, 0.1), torch.full((4000,), 0.8), generator()
+    )
+    low, high = torch.tensor([0.6, 0.6, 0.8, -0.1]), torch.tensor([1.4, 1.4, 1.2, 0.1])
+    assert (factors >= low).all() and (factors <= high).all()
+    torch.testing.assert_close(factors.amin(0), low, atol=5e-3, rtol=0)
+    torch.testing.assert_close(factors.amax(0), high, atol=5e-3, rtol=0)
+    assert abs(where.float().mean() - 0.8) < 0.03
+    counts = torch.stack(
+        [(order == kind).float().mean(0) for kind in range(4)]
+    )  # each kind at each turn: 1/4
+    assert (counts - 0.25).abs().max() < 0.03
+    assert (order.sort(1).values == torch.arange(4)).all()
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (5, 9)])
+def test_blur_matches_torchvision(shape):
+    images = torch.rand(4, 3, *shape, generator=generator())
+    where, sigma = torch.tensor([True, False, True, True]), torch.tensor([0.1, 1.0, 0.7, 2.0])
+    ours = common.gaussian_blur(images.clone(), where, sigma)
+    kernel = 2 * min(6, min(shape) - 1) + 1
+    for i, image in enumerate(images):
+        expected = TF.gaussian_blur(image, [kernel, kernel], [sigma[i].item()] * 2) if where[i] else image
+        torch.testing.assert_close(ours[i], expected, atol=1e-5, rtol=0)
+
+
+def test_grayscale_solarize_and_normalize_match_torchvision(images):
+    where = torch.arange(8) % 2 == 0
+    gray, solar = common.grayscale(images.clone(), where), common.solarize(images.clone(), where)
+    normal = common.normalize(images, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    for i, image in enumerate(images):
+        torch.testing.assert_close(
+            gray[i], TF.rgb_to_grayscale(image, 3) if where[i] else image, atol=1e-5, rtol=0
+        )
+        torch.testing.assert_close(solar[i], TF.solarize(image, 128 / 255) if where[i] else image)
+        torch.testing.assert_close(normal[i], TF.normalize(image, common.IMAGENET_MEAN, common.IMAGENET_STD))
+
+
+def test_solarize_threshold_is_128_in_8_bits():
+    x = torch.tensor([127, 128]).view(1, 1, 1, 2).expand(1, 3, 1, 2) / 255
+    assert torch.allclose(
+        common.solarize(x.clone(), torch.tensor([True]))[0, 0, 0] * 255, torch.tensor([127.0, 127.0])
+    )
+
+
+def test_chance_is_per_sample():
+    hit = (
+        common.chance(torch.tensor([0.0, 1.0, 0.5]).repeat_interleave(2000), generator())
+        .float()
+        .view(3, -1)
+        .mean(1)
+    )
+    assert hit[0] == 0 and hit[1] == 1 and abs(hit[2] - 0.5) < 0.05
+
+
+# ------------------------------------------------------------------ backbones, weights
+
+
+def randomize(model):
+    """Makes every tensor, BatchNorm statistics too, different from its initial value."""
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.05 * torch.rand(value.shape, generator=generator(value.numel())))
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "arch, patch",
+    [("test_vit", 8), ("test_resnet", None), ("test_convnext", None), ("swin_tiny_patch4_window7_224", None)],
+)
+def test_exported_backbone_gives_the_same_features_through_timm(tmp_path, arch, patch):
+    backbone = randomize(common.build_backbone(arch, 64, patch, drop_path=0.1))
+    common.export_backbone(backbone, tmp_path / "backbone", 64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
+    x = torch.rand(2, 3, 64, 64, generator=generator())
+    assert torch.equal(loaded(x), backbone(x))
+    config = {key: list(loaded.pretrained_cfg[key]) for key in ("mean", "std", "input_size")}
+    assert config == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]}
+    state, info = common.read_weights(str(tmp_path))
+    assert info["arch"] == arch and info["patch_size"] == patch and info["img_size"] == 64
+    assert state.keys() == backbone.state_dict().keys()
+
+
+def save(path, content):
+    (safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save)(content, path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "layout", ["plain.pth", "plain.safetensors", "module.pth", "teacher.pth", "state_dict.pth"]
+)
+def test_weights_of_each_layout_give_the_features_of_their_source(tmp_path, layout):
+    source = randomize(common.build_backbone("test_resnet", 32))
+    state = source.state_dict()
+    content = {
+        "plain": state,
+        "module": {f"module.{name}": value for name, value in state.items()},
+        "teacher": {
+            "teacher": {f"module.backbone.{name}": value for name, value in state.items()},
+            "student": {},
+        },
+        "state_dict": {"state_dict": state},
+    }[layout.split(".")[0]]
+    backbone = common.build_backbone("test_resnet", 32).eval()
+    state, _ = common.read_weights(save(tmp_path / layout, content))
+    report = common.load_backbone(backbone, state, layout)
+    assert f"{len(source.state_dict())} of {len(source.state_dict())} tensors loaded, 0 missing" in report
+    x = torch.rand(2, 3, 32, 32, generator=generator())
+    assert torch.equal(backbone(x), source(x))
+
+
+def test_weights_of_another_size_are_resampled():
+    small, large = common.build_backbone("test_vit", 32, 8), common.build_backbone("test_vit", 64, 8)
+    report = common.load_backbone(large, small.state_dict(), "small")
+    assert " 0 missing" in report
+    assert large.pos_embed.shape != small.pos_embed.shape
+    torch.testing.assert_close(large.pos_embed[:, 0], small.pos_embed[:, 0])
+
+
+def test_partial_weights_fail_unless_allowed(capsys):
+    backbone = common.build_backbone("test_resnet", 32)
+    other = {name: value for name, value in backbone.state_dict().items() if not name.startswith("layer2")}
+    before = backbone.state_dict()["conv1.0.weight"].clone()
+    with pytest.raises(SystemExit):
+        common.load_backbone(backbone, {name: value + 1 for name, value in other.items()}, "half")
+    error = capsys.readouterr().err
+    assert "half" in error and "missing (layer2" in error and "--allow_partial" in error
+    assert torch.equal(backbone.state_dict()["conv1.0.weight"], before)
+    common.load_backbone(
+        backbone, {name: value + 1 for name, value in other.items()}, "half", allow_partial=True
+    )
+    assert torch.equal(backbone.state_dict()["conv1.0.weight"], before + 1)
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch executed",))
+
+
+@pytest.mark.parametrize("content, reason", [(Evil(), "would run code"), (b"garbage", "no PyTorch file")])
+def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, capsys, content, reason):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save({"teacher": content}, path)
+    with pytest.raises(ValueError, match=reason):
+        common.load_checkpoint(path)
+    with pytest.raises(SystemExit):
+        common.read_weights(str(path))
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_truncated_checkpoint_is_reported(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    torch.save({"teacher": torch.rand(100)}, path)
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match="damaged|no PyTorch file"):
+        common.load_checkpoint(path)
+
+
+# ------------------------------------------------------------------ optimisation
+
+
+def test_cosine_schedule():
+    values = [common.cosine_schedule(2.0, 0.5, step, 10, warmup_steps=4) for step in range(11)]
+    assert values[:4] == [0, 0.5, 1, 1.5]
+    for step in range(4, 11):
+        assert values[step] == pytest.approx(0.5 + 0.75 * (1 + math.cos(math.pi * (step - 4) / 6)))
+    assert values[4] == 2 and values[10] == pytest.approx(0.5)
+
+
+def test_param_groups_spare_biases_and_norms():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2))
+    model[2].weight.requires_grad_(False)
+    decayed, plain = common.param_groups(model)
+    assert [p.shape for p in decayed["params"]] == [model[0].weight.shape] and "weight_decay" not in decayed
+    assert len(plain["params"]) == 4 and plain["weight_decay"] == 0
+
+
+def test_ema_is_the_weighted_mean_of_parameters_and_leaves_buffers():
+    online, average = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    nn.init.normal_(online.weight)
+    online.running_mean += 5
+    expected = [0.9 * a + 0.1 * o for a, o in zip(average.parameters(), online.parameters(), strict=True)]
+    common.update_ema(online, average, 0.9)
+    for a, e in zip(average.parameters(), expected, strict=True):
+        torch.testing.assert_close(a, e)
+    assert (average.running_mean == 0).all()
+
+
+# ------------------------------------------------------------------ what a run writes
+
+
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    path.write_text("old")
+
+    def write(file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        common.write_atomically(path, write)
+    assert path.read_text() == "old"
+
+
+def test_log_of_a_resumed_run_has_no_step_twice(tmp_path):
+    log = common.RunLog(tmp_path, ALONE, 10, 0, {"argv": ["first"]})
+    for step in (2, 4, 6):
+        log.write(step, {"loss": 1.0 * step})
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')  # killed while it wrote
+    common.RunLog(tmp_path, ALONE, 10, 4, {"argv": ["second"]}).write(6, {"loss": 60.0})
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line.get("step", line.get("argv")) for line in lines] == [["first"], 2, 4, ["second"], 6]
+    assert lines[-1]["loss"] == 60
+
+
+def test_meter_means_and_stops_at_non_finite_terms(capsys):
+    meter = common.Meter(ALONE, 1000)
+    for value in (1.0, 3.0):
+        meter.end_step({"loss": torch.tensor(value), "other": torch.tensor(2 * value)})
+    summary = meter.summary(2, 8)
+    assert summary["loss"] == 2 and summary["other"] == 4 and summary["images_per_s"] > 0
+    for value in (1.0, math.nan, 1.0):
+        meter.end_step({"loss": torch.tensor(1.0), "other": torch.tensor(value)})
+    with pytest.raises(SystemExit) as stop:
+        meter.summary(5, 8)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "step 4" in error and "'other': nan" in error
+
+
+def test_meter_stops_above_one_percent_unreadable(capsys):
+    meter = common.Meter(ALONE, 200)
+    stream = iter([("batch", ["a: bad", "b: bad"]), ("batch", ["a: bad"]), ("batch", ["c: bad"])])
+    for _ in range(2):
+        assert meter.fetch(stream) == "batch"
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        f"warning: unreadable, another image taken: {name}: bad" for name in "ab"
+    ]  # once each
+    meter.end_step({"loss": torch.tensor(1.0)})
+    assert meter.summary(1, 1)["unreadable"] == 2
+    meter.fetch(stream)
+    meter.end_step({"loss": torch.tensor(1.0)})
+    with pytest.raises(SystemExit):
+        meter.summary(2, 1)
+    assert "3 of 200 images unreadable" in capsys.readouterr().err
+
+
+def test_grid_shows_views_at_their_size(tmp_path):
+    rows = [[torch.zeros(3, 8, 8), torch.zeros(3, 4, 4)]] * 3
+    common.save_grid(tmp_path / "views.png", rows, (0.2, 0.4, 0.6), (1, 1, 1))
+    picture = np.array(Image.open(tmp_path / "views.png"))
+    assert picture.shape == (3 * 10 + 2, 2 * 10 + 2, 3)
+    assert picture[2, 2].tolist() == [51, 102, 153] and picture[2, 12].tolist() == [255] * 3
+    assert picture[5, 15].tolist() == [51, 102, 153]

@@ -1,0 +1,197 @@
+"""Several gloo processes on one machine."""
+
+import json
+import os
+import re
+import signal
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from conftest import TINY, TINY_VIT, assert_same, launch
+from test_cli import wait_for
+
+import common
+import dino_mc
+from dino_mc import DINOLoss
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def steps_of_one_process(rank, world_size, port, accum_steps, path):
+    """Two steps of training on this process's share of a fixed batch; the main one saves the result."""
+    from test_dino_mc import schedule, setup_step
+
+    torch.set_num_threads(1)
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
+    process = common.init_process("cpu")
+    args, student, teacher, optimizer, views, crops = setup_step(["--accum_steps", str(accum_steps)])
+    network, loss, meter = student, DINOLoss(16), common.Meter(process, 100)
+    if world_size > 1:
+        student = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+    share = [
+        ([crop.chunk(accum_steps)[a].chunk(world_size)[rank] for crop in step], [f"file of {rank}"])
+        for step in crops
+        for a in range(accum_steps)
+    ]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    dino_mc.train_one_epoch(
+        1,
+        range(1, 3),
+        iter(share),
+        student,
+        teacher,
+        loss,
+        optimizer,
+        scaler,
+        schedule,
+        views,
+        args,
+        process,
+        meter,
+        lambda step, values, figures: False,
+    )
+    summary = meter.summary(2, 8)
+    flags = common.agree(process, rank == 1, rank == 5)
+    if process.is_main:
+        torch.save(
+            {
+                "student": network.state_dict(),
+                "teacher": teacher.state_dict(),
+                "center": loss.center,
+                "loss": summary["loss"],
+                "unreadable": summary["unreadable"],
+                "flags": flags,
+            },
+            path,
+        )
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_two_processes_equal_one_on_the_joint_batch(tmp_path, accum_steps):
+    """Gradient, centre, teacher and logged loss; the model has no BatchNorm."""
+    results = []
+    for world_size in (1, 2):
+        path = tmp_path / f"{world_size}.pth"
+        mp.start_processes(
+            steps_of_one_process,
+            (world_size, free_port(), accum_steps if world_size == 2 else 1, path),
+            nprocs=world_size,
+            start_method="spawn",
+        )
+        results.append(torch.load(path, weights_only=True))
+    one, two = results
+    for part in ("student", "teacher"):
+        for name, value in one[part].items():
+            torch.testing.assert_close(
+                two[part][name], value, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    torch.testing.assert_close(two["center"], one["center"], atol=1e-6, rtol=1e-4)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+    assert one["unreadable"] == 1 and two["unreadable"] == 2  # the union over processes
+    assert one["flags"] == [False, False] and two["flags"] == [True, False]
+
+
+def finish(process):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return out
+
+
+def test_two_processes_train_stop_and_go_on_bit_for_bit(scenes, tmp_path):
+    base = [
+        "dino_mc.py",
+        "--data_path",
+        scenes / "train",
+        *TINY,
+        "--arch",
+        "test_resnet",
+        "--batch_size_per_gpu",
+        "2",
+        "--accum_steps",
+        "2",
+        "--log_every",
+        "1",
+        "--save_every",
+        "100",
+        "--epochs",
+        "12",
+    ]
+    finish(launch(*base, "--output_dir", tmp_path / "a", "--max_steps", "12", processes=2))
+    process = launch(
+        *base, "--output_dir", tmp_path / "b", "--num_workers", "1", processes=2, start_new_session=True
+    )
+    wait_for(process, tmp_path / "b" / "log.jsonl", 3)
+    os.killpg(process.pid, signal.SIGTERM)  # the launcher, both processes and their workers
+    out, err = process.communicate(timeout=60)
+    assert out.count("stopped by a signal after a checkpoint") == 1, err[-3000:]
+    assert 3 <= torch.load(tmp_path / "b" / "checkpoint.pth", weights_only=True)["step"] < 36
+    stopped_at = torch.load(tmp_path / "b" / "checkpoint.pth", weights_only=True)["step"]
+    end = ["--max_steps", str(max(12, stopped_at + 1))]
+    finish(launch(*base, "--output_dir", tmp_path / "b", *end, processes=2))
+    finish(launch(*base, "--output_dir", tmp_path / "a", *end, processes=2))
+    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
+    for part in ("student", "teacher", "optimizer", "dino_loss", "step"):
+        assert_same(b[part], a[part])
+    header = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[0])
+    assert header["processes"] == 2 and header["effective_batch"] == 8
+
+
+def test_evaluation_gives_the_same_figure_with_two_processes(scenes, tmp_path):
+    figures = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        text = finish(
+            launch(
+                "eval_knn.py",
+                "--data_path",
+                scenes,
+                "--weights",
+                "random",
+                "image_stats",
+                "--arch",
+                "test_resnet",
+                "--img_size",
+                32,
+                "--nb_knn",
+                1,
+                3,
+                10,
+                "--per_class",
+                "--output_dir",
+                out,
+                "--num_workers",
+                0,
+                "--batch_size_per_gpu",
+                4,
+                "--device",
+                "cpu",
+                processes=processes,
+            )
+        )
+        lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        assert [json.loads(line) for line in text.splitlines()[-2:]] == lines and text.count("kNN top-1") == 1
+        figures.append([(line["top1"], line["per_class"], line["train_images"]) for line in lines])
+    assert figures[0] == figures[1]
+
+
+def test_error_is_printed_once_per_machine(tmp_path):
+    process = launch(
+        "dino_mc.py", "--data_path", tmp_path, "--output_dir", tmp_path / "o", *TINY, *TINY_VIT, processes=2
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and len(re.findall("^error: .*no image in it", err, re.M)) == 1

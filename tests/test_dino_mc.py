@@ -1,0 +1,601 @@
+import copy
+import json
+import math
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import TINY, TINY_VIT, assert_same
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+
+import common
+import dino_mc
+from common import Process
+from dino_mc import DINOHead, DINOLoss, Network, View, ViewDataset
+
+ALONE = Process(0, 1, torch.device("cpu"), None)
+PLAIN = {"p_flip": 0.0, "p_jitter": 0.0, "p_gray": 0.0, "p_blur": 0.0}
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------ loss, centre
+
+
+@pytest.mark.parametrize("T, V", [(2, 8), (3, 9), (2, 2)])
+def test_loss_equals_a_double_loop_over_pairs(T, V):
+    B, K, tau_s, tau_t = 5, 7, 0.1, 0.04
+    student, teacher = rand(V, B, K), rand(T, B, K, seed=1)
+    loss = DINOLoss(K, tau_s)
+    loss.center.copy_(rand(K, seed=2))
+    total, pairs = 0.0, 0
+    for i in range(T):
+        for v in range(V):
+            if v == i:
+                continue
+            for b in range(B):
+                P = [math.exp((teacher[i, b, k] - loss.center[k]) / tau_t) for k in range(K)]
+                q = [math.exp(student[v, b, k] / tau_s) for k in range(K)]
+                total += -sum(P[k] / sum(P) * math.log(q[k] / sum(q)) for k in range(K)) / B
+            pairs += 1
+    assert pairs == T * (V - 1)
+    assert loss(student, teacher, tau_t).item() == pytest.approx(total / pairs, rel=1e-4)
+
+
+def test_loss_is_float32_under_autocast_and_leaves_the_centre():
+    loss = DINOLoss(16)
+    value = loss(rand(3, 4, 16).bfloat16(), rand(2, 4, 16).bfloat16(), 0.04)
+    assert value.dtype == torch.float32 and (loss.center == 0).all()
+
+
+def test_centre_is_a_moving_mean_of_all_teacher_outputs_and_is_saved():
+    loss, expected = DINOLoss(3), torch.zeros(3)
+    for step in range(3):
+        t = rand(2, 4, 3, seed=step)
+        loss.update_center(t.mean((0, 1)))
+        expected = 0.9 * expected + 0.1 * torch.stack([t[i, b] for i in range(2) for b in range(4)]).mean(0)
+    torch.testing.assert_close(loss.center, expected)
+    assert "center" in loss.state_dict()
+
+
+def test_teacher_temperature_warms_up_by_epochs():
+    values = [dino_mc.teacher_temp_at(epoch, 0.04, 0.07, 3) for epoch in range(5)]
+    assert values == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
+    assert dino_mc.teacher_temp_at(0, 0.04, 0.05, 0) == 0.05
+
+
+def test_health_figures_of_known_cases():
+    center = rand(8)
+    figures = dino_mc.health(center.expand(2, 4, 8), center, 0.04, torch.ones(8, 6))
+    assert figures["entropy"] == pytest.approx(math.log(8)) and figures["kl"] == pytest.approx(0, abs=1e-6)
+    assert figures["feature_std"] == 0
+    one_each = 100 * torch.eye(8).view(2, 4, 8) + center
+    figures = dino_mc.health(one_each, center, 0.04, rand(5000, 32))
+    assert figures["entropy"] == 0 and figures["kl"] == pytest.approx(math.log(8))
+    assert figures["feature_std"] == pytest.approx(1, abs=0.02)
+
+
+# ------------------------------------------------------------------ model
+
+
+@pytest.mark.parametrize("use_bn", [False, True])
+def test_head_is_the_cosine_with_unit_prototypes(use_bn):
+    head = DINOHead(12, 20, use_bn=use_bn)
+    x = rand(6, 12)
+    linears = [module for module in head.mlp if isinstance(module, torch.nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linears] == [(12, 2048), (2048, 2048), (2048, 256)]
+    hidden = x
+    for number, linear in enumerate(linears):
+        hidden = hidden @ linear.weight.T + linear.bias
+        if number < 2:
+            if use_bn:
+                hidden = (hidden - hidden.mean(0)) / (hidden.var(0, unbiased=False) + 1e-5).sqrt()
+            hidden = 0.5 * hidden * (1 + torch.erf(hidden / math.sqrt(2)))
+    prototypes = head.last_layer.parametrizations.weight.original1
+    expected = torch.stack(
+        [torch.stack([(h / h.norm()) @ (p / p.norm()) for p in prototypes]) for h in hidden]
+    )
+    torch.testing.assert_close(head(x), expected, atol=1e-4, rtol=0)
+
+
+def test_head_initial_values_and_gain():
+    head = DINOHead(64, 100)
+    gain = head.last_layer.parametrizations.weight.original0
+    assert (gain == 1).all() and not gain.requires_grad
+    assert DINOHead(64, 100, norm_last_layer=False).last_layer.parametrizations.weight.original0.requires_grad
+    assert head.last_layer.bias is None
+    for module in head.mlp:
+        if isinstance(module, torch.nn.Linear):
+            assert (module.bias == 0).all() and module.weight.std().item() == pytest.approx(0.02, rel=0.1)
+            assert module.weight.abs().max() <= 2
+
+
+class Recorder(torch.nn.Module):
+    def forward(self, x):
+        self.seen = x
+        return x.mean((2, 3))
+
+
+def test_network_drops_the_patch_remainder_at_the_right_and_bottom():
+    network = Network(Recorder(), torch.nn.Identity(), 16)
+    x = rand(2, 3, 50, 50)
+    network([x])
+    assert torch.equal(network.backbone.seen, x[:, :, :48, :48])
+
+
+def test_network_runs_groups_in_order():
+    network = Network(common.build_backbone("test_vit", 32, 8).eval(), DINOHead(64, 16), 8)
+    groups = [rand(4, 3, 32, 32), rand(2, 3, 24, 24, seed=1), rand(6, 3, 21, 21, seed=2)]
+    out, features = network(groups)
+    assert out.shape == (12, 16) and features.shape == (12, 64)
+    singles = torch.cat([network([x.unsqueeze(0)])[0] for group in groups for x in group])
+    torch.testing.assert_close(out, singles, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "vit_small_patch16_224",
+        "vit_small_patch8_224",
+        "resnet50",
+        "wide_resnet50_2",
+        "swin_tiny_patch4_window7_224",
+        "convnext_atto",
+        "efficientnet_b0",
+    ],
+)
+@pytest.mark.parametrize("img_size", [96])
+def test_every_backbone_takes_every_size_of_crop(arch, img_size):
+    backbone = common.build_backbone(arch, img_size)
+    multiple = common.patch_multiple(backbone)
+    sizes = dino_mc.local_sizes("mc", img_size, 6, None, multiple)
+    network = Network(backbone.eval(), torch.nn.Identity(), multiple)
+    odd = [img_size, *sizes, sizes[-1] + 1]
+    with torch.no_grad():
+        assert dino_mc.feature_width(backbone, odd, multiple) == backbone.num_features
+        out, features = network.eval()([rand(1, 3, size, size) for size in odd])
+    assert features.shape == (len(odd), backbone.num_features) and out.isfinite().all()
+
+
+def test_swin_and_vit_take_the_papers_sizes_at_224():
+    for arch in ("swin_tiny_patch4_window7_224", "vit_small_patch16_224"):
+        backbone = common.build_backbone(arch, 224)
+        multiple = common.patch_multiple(backbone)
+        sizes = dino_mc.local_sizes("mc", 224, 6, None, multiple)
+        assert sizes == [184, 164, 144, 124, 104, 84]
+        assert dino_mc.feature_width(backbone, [224, *sizes], multiple) == backbone.num_features
+
+
+# ------------------------------------------------------------------ views
+
+
+def test_local_sizes_follow_the_paper():
+    assert dino_mc.local_sizes("mc", 224, 6, None, 16) == [
+        184,
+        164,
+        144,
+        124,
+        104,
+        84,
+    ]  # remainders are cut later
+    assert dino_mc.local_sizes("mc", 224, 2, None, 16) == [104, 84]  # fewer: the smallest
+    assert dino_mc.local_sizes("tp", 112, 6, None, 1) == [92, 82, 72, 62, 52, 42]
+    assert dino_mc.local_sizes("mc", 64, 6, None, 8) == [48, 40, 40, 32, 24, 24]
+    assert dino_mc.local_sizes("dino", 224, 3, None, 16) == [96, 96, 96]
+    assert dino_mc.local_sizes("mc", 224, 3, [32], 16) == [32, 32, 32]
+    assert dino_mc.local_sizes("mc", 224, 2, [48, 33], 16) == [48, 33]
+    assert dino_mc.local_sizes("mc", 224, 0, None, 16) == []
+
+
+def test_views_follow_the_paper():
+    bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
+    jitter = (0.4, 0.4, 0.2, 0.1)
+    global_1 = View(224, (0.32, 1.0), bicubic, True, 0, 0.5, jitter, 0.8, 0.2, 1.0, 0.0)
+    global_2 = View(224, (0.32, 1.0), bicubic, True, 0, 0.5, jitter, 0.8, 0.2, 0.1, 0.2)
+    make = partial(
+        dino_mc.make_views, img_size=224, sizes=[104, 84], global_scale=(0.32, 1.0), local_scale=(0.05, 0.32)
+    )
+    assert make("mc") == [
+        global_1,
+        global_2,
+        *(
+            View(size, (0.05, 0.32), bilinear, False, 0, 0.5, (0.8, 0.8, 0.8, 0.2), 0.8, 0.2, 0.5, 0.0)
+            for size in (104, 84)
+        ),
+    ]
+    assert make("dino") == [
+        global_1,
+        global_2,
+        *(View(size, (0.05, 0.32), bicubic, False, 0, 0.5, jitter, 0.8, 0.2, 0.5, 0.0) for size in (104, 84)),
+    ]
+    a = View(224, (0.32, 1.0), bicubic, True, 1, 0.5, (0.4, 0.4, 0.4, 0.1), 0.8, 0.2, 0.5, 0.0)
+    tp = make("tp")
+    assert [view.date for view in tp] == [1, 2, 0, 0, 0]
+    assert tp[0] == a and tp[2] == replace(a, date=0) and tp[1] == replace(a, date=2, **PLAIN)
+    assert tp[3:] == [View(size, (0.05, 0.32), bilinear, jitter=jitter, **PLAIN) for size in (104, 84)]
+
+
+def views_of(mode, sizes=(20, 16)):
+    return dino_mc.make_views(mode, 32, sizes, (0.32, 1.0), (0.05, 0.32))
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
+    paths = [[path] for path in common.list_images(scenes / "train")]
+    dataset = ViewDataset(paths, views_of("mc"), 0)
+    first = dataset[3, 5]
+    torch.manual_seed(99)
+    assert_same(dataset[3, 5], first)
+    assert [tuple(view.shape) for view in first] == [(3, 32, 32), (3, 32, 32), (3, 20, 20), (3, 16, 16)]
+    assert all(view.dtype == torch.uint8 and view.is_contiguous() for view in first)
+    for other in (dataset[4, 5], ViewDataset(paths, views_of("mc"), 1)[3, 5]):
+        assert not torch.equal(other[0], first[0])
+    assert not torch.equal(first[0], first[1])
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(scenes):
+    dataset = ViewDataset([[path] for path in common.list_images(scenes / "train")], views_of("mc"), 0)
+    runs = []
+    for workers in (0, 1, 3):
+        sampler = common.StepSampler(len(dataset), 4, 2, ALONE, 0, 1, 5)
+        runs.append(list(common.build_loader(dataset, sampler, workers, torch.device("cpu"))))
+    assert len(runs[0]) == 8
+    assert_same(runs[1], runs[0])
+    assert_same(runs[2], runs[0])
+
+
+def test_crops_cover_the_given_share_of_the_area(tmp_path):
+    # The image's red and green tell the position; the extent of a crop is read back from its own values.
+    ramp = torch.arange(200).float().expand(200, 200) * 255 / 199
+    image = torch.stack([ramp, ramp.T, torch.zeros(200, 200)]).byte()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "ramp.png")
+    local = View(100, (0.05, 0.32), InterpolationMode.BILINEAR, **PLAIN)
+    dataset = ViewDataset([[str(tmp_path / "ramp.png")]], [local], 0)
+    areas = []
+    for epoch in range(300):
+        (crop,) = dataset[epoch, 0]
+        width, height = (crop[c].max().item() - crop[c].min().item() + 2 for c in (0, 1))
+        areas.append(width * height / 255**2)
+    assert 0.03 < min(areas) < 0.08 and 0.29 < max(areas) < 0.35
+
+
+def test_tp_draws_different_dates_and_repeats_where_there_are_few(tmp_path):
+    def sample(dates, epoch):
+        paths = []
+        for date in range(dates):
+            paths.append(str(tmp_path / f"{date}.png"))
+            Image.new("RGB", (40, 40), (50 * date, 0, 0)).save(paths[-1])
+        views = [replace(view, p_flip=0.0) for view in views_of("tp")]
+        return [int(view[0].float().mean() / 50) for view in ViewDataset([paths], views, 0)[epoch, 0]]
+
+    drawn = [sample(4, epoch) for epoch in range(30)]
+    for t1, t2, t0, *local in drawn:
+        assert len({t0, t1, t2}) == 3 and local == [t0, t0]
+    assert {date for dates in drawn for date in dates} == {0, 1, 2, 3}
+    for t1, t2, t0, *local in [sample(2, epoch) for epoch in range(10)]:
+        assert t1 != t0 and t2 == t0 and local == [t0, t0]
+    assert sample(1, 0) == [0] * 5
+
+
+def test_one_date_per_location_draws_one_image_of_a_folder_each_epoch(scenes):
+    locations = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", True)
+    assert len(locations) == 10 and {len(dates) for dates in locations} == {3}
+    assert dino_mc.group_locations(common.list_images(scenes / "locations"), "tp", False) == locations
+    singles = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", False)
+    assert len(singles) == 30 and {len(dates) for dates in singles} == {1}
+
+
+def test_views_without_colour_are_the_normalised_crops():
+    views = [replace(view, **PLAIN, p_solarize=0.0) for view in views_of("mc", (20, 16, 16))]
+    crops = [torch.randint(256, (4, 3, view.size, view.size), dtype=torch.uint8) for view in views]
+    groups = dino_mc.color_views(crops, views, common.IMAGENET_MEAN, common.IMAGENET_STD, torch.Generator())
+    assert [tuple(group.shape) for group in groups] == [(8, 3, 32, 32), (4, 3, 20, 20), (8, 3, 16, 16)]
+    flat = [view for group in groups for view in group.split(4)]
+    for crop, view in zip(crops, flat, strict=True):
+        torch.testing.assert_close(
+            view, common.normalize(crop / 255, common.IMAGENET_MEAN, common.IMAGENET_STD)
+        )
+
+
+def colored(mode, **changes):
+    """200 noise images through the global views of a mode: pairs of a view and its crops."""
+    views = [replace(view, p_jitter=0.0, p_gray=0.0, **changes) for view in views_of(mode, ())]
+    crops = [torch.randint(256, (200, 3, 32, 32), dtype=torch.uint8) for _ in views]
+    (group,) = dino_mc.color_views(crops, views, (0, 0, 0), (1, 1, 1), torch.Generator().manual_seed(0))
+    return list(zip(group.split(200), crops, strict=True))
+
+
+def test_each_view_gets_its_own_blur_and_solarize():
+    def blurred(view, crops):
+        roughness = [x.diff(dim=-1).abs().mean((1, 2, 3)) for x in (view, crops / 255)]
+        return (roughness[0] < 0.7 * roughness[1]).float().mean().item()
+
+    def solarized(view, crops):
+        return (view.amax((1, 2, 3)) < 0.51).float().mean().item()  # noise has values up to 1
+
+    # a sigma below .35 px, 13 % of the draws, leaves noise nearly as it is
+    assert [blurred(*pair) for pair in colored("mc", p_solarize=0.0)] == pytest.approx(
+        [0.87, 0.087], abs=0.06
+    )
+    assert [solarized(*pair) for pair in colored("mc", p_blur=0.0)] == pytest.approx([0, 0.2], abs=0.08)
+    assert [blurred(*pair) for pair in colored("tp")] == pytest.approx([0.43, 0, 0.43], abs=0.09)
+
+
+# ------------------------------------------------------------------ training steps
+
+
+def test_clipping_is_per_tensor():
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((4,), (2, 3), (5,))]
+    parameters[0].grad, parameters[1].grad = 10 * rand(4), 0.01 * rand(2, 3)
+    before = [p.grad.clone() for p in parameters[:2]]
+    dino_mc.clip_gradients(parameters, 3.0)
+    for p, grad in zip(parameters, before, strict=False):
+        norm = math.sqrt(sum(value**2 for value in grad.flatten().tolist()))
+        torch.testing.assert_close(p.grad, grad * min(1, 3.0 / (norm + 1e-6)))
+    assert parameters[0].grad.norm() == pytest.approx(3, rel=1e-4) and parameters[2].grad is None
+
+
+# Large: AdamW would blow up the rounding noise of gradients that are 0 by symmetry (attention's key bias).
+EPS = 1e-4
+
+
+def setup_step(flags, steps=2):
+    """Networks, loss, optimizer and two fixed steps of plain crops for train_one_epoch."""
+    args = dino_mc.get_parser().parse_args(
+        ["--data_path", "x", "--output_dir", "x", *TINY, *TINY_VIT, *flags]
+    )
+    torch.manual_seed(0)
+    student = Network(common.build_backbone("test_vit", 32, 8), DINOHead(64, 16), 8)
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = timm.optim.create_optimizer_v2(
+        common.param_groups(student), opt="adamw", lr=1.0, fused=True, eps=EPS
+    )
+    views = [replace(view, **PLAIN, p_solarize=0.0) for view in views_of("mc", (24, 16))]
+    crops = [
+        [
+            torch.randint(
+                256,
+                (8, 3, view.size, view.size),
+                dtype=torch.uint8,
+                generator=torch.Generator().manual_seed(100 * step + v),
+            )
+            for v, view in enumerate(views)
+        ]
+        for step in range(steps)
+    ]
+    return args, student, teacher, optimizer, views, crops
+
+
+def schedule(step):
+    return {"lr": 1e-3 * (step + 1), "weight_decay": 0.1 + 0.1 * step, "momentum": 0.9 + 0.05 * step}
+
+
+def train(flags, epoch=1, process=ALONE):
+    args, student, teacher, optimizer, views, crops = setup_step(flags)
+    loss = DINOLoss(16)
+    micro = [
+        ([c.chunk(args.accum_steps)[a] for c in step], []) for step in crops for a in range(args.accum_steps)
+    ]
+    seen, meter = [], common.Meter(process, 100)
+
+    def after_step(step, values, figures):
+        seen.append((step, values | figures()))
+        return False
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    dino_mc.train_one_epoch(
+        epoch,
+        range(1, 3),
+        iter(micro),
+        student,
+        teacher,
+        loss,
+        optimizer,
+        scaler,
+        schedule,
+        views,
+        args,
+        process,
+        meter,
+        after_step,
+    )
+    return student, teacher, loss, meter, seen
+
+
+def naive_training(epoch):
+    """Two steps with plain loops, from methods.md: the same crops, one parameter at a time."""
+    _, student, teacher, _, _, crops = setup_step([])
+    parameters = dict(student.named_parameters())
+    moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
+    center, losses, updates = torch.zeros(16), [], dict.fromkeys(parameters, 0)
+    for step, views in enumerate(crops, start=1):
+        x = [common.normalize(view / 255, common.IMAGENET_MEAN, common.IMAGENET_STD) for view in views]
+        t = [teacher.head(teacher.backbone(view)) for view in x[:2]]
+        s = [student.head(student.backbone(view)) for view in x]
+        pairs = [(i, v) for i in range(2) for v in range(4) if v != i]
+        loss = sum(
+            -(((t[i] - center) / 0.04).softmax(1) * F.log_softmax(s[v] / 0.1, 1)).sum(1).mean()
+            for i, v in pairs
+        ) / len(pairs)
+        losses.append(loss.item())
+        student.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for name, p in parameters.items():
+                if not p.requires_grad or (epoch < 1 and name.startswith("head.last_layer")):
+                    continue
+                grad = p.grad * min(1.0, 3.0 / (p.grad.norm().item() + 1e-6))
+                updates[name] += 1
+                m, v = moments[name]
+                m.mul_(0.9).add_(0.1 * grad)
+                v.mul_(0.999).add_(0.001 * grad**2)
+                if p.ndim > 1 and not name.endswith("bias"):
+                    p.mul_(1 - schedule(step)["lr"] * schedule(step)["weight_decay"])
+                m_hat, v_hat = m / (1 - 0.9 ** updates[name]), v / (1 - 0.999 ** updates[name])
+                p.sub_(schedule(step)["lr"] * m_hat / (v_hat.sqrt() + EPS))
+            center = 0.9 * center + 0.1 * torch.cat(t).mean(0)
+            momentum = schedule(step)["momentum"]
+            for p_t, p_s in zip(teacher.parameters(), student.parameters(), strict=True):
+                p_t.copy_(momentum * p_t + (1 - momentum) * p_s)
+    return student, teacher, center, losses
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_steps_equal_plain_loops(epoch):
+    """Loss, clipping, frozen prototypes, AdamW with scheduled decay, centre and teacher, over two steps."""
+    student, teacher, loss, meter, _ = train(["--drop_path", "0"], epoch)
+    expected_student, expected_teacher, center, losses = naive_training(epoch)
+    torch.testing.assert_close(torch.stack([terms["loss"] for terms in meter.terms]), torch.tensor(losses))
+    torch.testing.assert_close(loss.center, center, atol=1e-6, rtol=1e-4)
+    for ours, expected in ((student, expected_student), (teacher, expected_teacher)):
+        for (name, p), q in zip(ours.named_parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(
+                p, q, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_prototypes_rest_in_the_first_epochs():
+    _, fresh, _, _, _, _ = setup_step([])
+    before = fresh.head.last_layer.parametrizations.weight.original1
+    frozen, _, _, _, _ = train([], epoch=0)
+    moved, _, _, _, _ = train([], epoch=1)
+    assert torch.equal(frozen.head.last_layer.parametrizations.weight.original1, before)
+    assert not torch.equal(moved.head.last_layer.parametrizations.weight.original1, before)
+    for student in (frozen, moved):  # the gain is not trained
+        assert (student.head.last_layer.parametrizations.weight.original0 == 1).all()
+
+
+def test_accumulation_equals_the_large_batch():
+    whole = train([])
+    parts = train(["--accum_steps", "4"])
+    for a, b in zip(whole[:2], parts[:2], strict=True):
+        for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
+            torch.testing.assert_close(
+                p, q, atol=2e-5, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}"
+            )
+    torch.testing.assert_close(whole[2].center, parts[2].center)
+    for a, b in zip(whole[3].terms, parts[3].terms, strict=True):
+        torch.testing.assert_close(a["loss"], b["loss"])
+    assert (
+        [step for step, _ in whole[4]] == [step for step, _ in parts[4]] == [2, 3]
+    )  # one teacher step per optimizer step
+
+
+def test_no_gradient_reaches_the_teacher():
+    student, teacher, _, _, _ = train([])
+    assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
+    assert any(not torch.equal(p, q) for p, q in zip(teacher.parameters(), student.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+@pytest.mark.parametrize(
+    "arch, flags, data, steps",
+    [("test_vit", [], "train", 21), ("test_resnet", ["--use_bn_in_head"], "val", 15)],
+)
+def test_whole_run_writes_everything(train, tmp_path, arch, flags, data, steps):
+    flags += ["--arch", arch] if arch != "test_vit" else []
+    saved = train(tmp_path, "--log_every", "2", *flags, data=data)
+    assert saved["step"] == steps and saved["epoch"] == 3 and saved["args"]["arch"] == arch
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["effective_batch"] == 4 and lines[0]["steps"] == steps and lines[-1]["step"] == steps
+    for name in (
+        "loss",
+        "entropy",
+        "kl",
+        "feature_std",
+        "lr",
+        "weight_decay",
+        "momentum",
+        "images_per_s",
+        "data_seconds",
+        "unreadable",
+        "epoch",
+        "teacher_temp",
+    ):
+        assert math.isfinite(lines[-1][name])
+    backbone = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0)
+    teacher = {
+        name.removeprefix("backbone."): value
+        for name, value in saved["teacher"].items()
+        if name.startswith("backbone.")
+    }
+    assert_same(dict(backbone.state_dict()), teacher)
+    picture = Image.open(tmp_path / "views.png")
+    assert picture.size == (4 * 34 + 2, 4 * 34 + 2)  # 4 images, 2 global and 2 local views
+
+
+@pytest.mark.parametrize("stop", [7, 10])  # 7 steps an epoch: its end, and the middle of the next
+@pytest.mark.parametrize(
+    "flags",
+    [[], ["--mode", "dino", "--arch", "test_resnet", "--accum_steps", "2", "--batch_size_per_gpu", "2"]],
+)
+def test_resumed_run_equals_the_unbroken_one(train, tmp_path, stop, flags):
+    unbroken = train(tmp_path / "a", *flags, "--num_workers", "2", "--save_every", "100", "--max_steps", "13")
+    train(tmp_path / "b", *flags, "--max_steps", str(stop))
+    resumed = train(tmp_path / "b", *flags, "--max_steps", "13")
+    for part in ("student", "teacher", "optimizer", "dino_loss", "step"):
+        assert_same(resumed[part], unbroken[part], part)
+
+
+def test_tp_runs_on_locations(train, tmp_path):
+    saved = train(tmp_path, "--mode", "tp", "--max_steps", "2", data="locations")
+    assert saved["step"] == 2
+
+
+def test_one_date_per_location_runs(train, tmp_path):
+    saved = train(tmp_path, "--one_date_per_location", "--max_steps", "2", data="locations")
+    header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert saved["step"] == 2 and header["images"] == 30 and header["samples"] == 10
+
+
+def test_init_starts_the_backbone_from_our_own_output(train, tmp_path, capsys):
+    first = train(tmp_path / "a", "--max_steps", "2")
+    second = train(
+        tmp_path / "b",
+        "--init",
+        str(tmp_path / "a"),
+        "--max_steps",
+        "1",
+        "--lr",
+        "1e-30",
+        "--out_dim",
+        "32",
+        "--weight_decay",
+        "0",
+        "--weight_decay_end",
+        "0",
+    )
+    assert "tensors loaded, 0 missing" in capsys.readouterr().out
+    for name, value in first["teacher"].items():
+        if name.startswith("backbone."):
+            assert torch.equal(second["student"][name], value) and torch.equal(second["teacher"][name], value)
+    key = ["--init", str(tmp_path / "a" / "checkpoint.pth"), "--checkpoint_key", "student"]
+    third = train(
+        tmp_path / "c",
+        *key,
+        "--max_steps",
+        "1",
+        "--lr",
+        "1e-30",
+        "--weight_decay",
+        "0",
+        "--weight_decay_end",
+        "0",
+    )
+    assert torch.equal(
+        third["student"]["backbone.patch_embed.proj.weight"],
+        first["student"]["backbone.patch_embed.proj.weight"],
+    )
+
+
+def test_finished_run_says_so(train, tmp_path, capsys):
+    train(tmp_path, "--max_steps", "2")
+    train(tmp_path, "--max_steps", "2")
+    assert "2 steps done" in capsys.readouterr().out

@@ -1,0 +1,195 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import common
+import eval_knn
+
+
+def features(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def naive_vote(train, labels, query, k, temperature):
+    """The class with the greatest sum of exp(cosine / tau) among the k nearest, from the definition."""
+    cosines = [sum(a * b for a, b in zip(x, query.tolist(), strict=True)) for x in train.tolist()]
+    votes = {}
+    for i in sorted(range(len(cosines)), key=lambda i: -cosines[i])[:k]:
+        votes[labels[i].item()] = votes.get(labels[i].item(), 0) + math.exp(cosines[i] / temperature)
+    return max(votes, key=votes.get)
+
+
+@pytest.mark.parametrize("chunk_elements", [2**24, 1, 200])
+@pytest.mark.parametrize("temperature", [0.07, 0.5, 0.005])
+def test_votes_equal_the_definition_for_every_k(chunk_elements, temperature):
+    train, test = features(60, 6), features(25, 6, seed=1)
+    labels = torch.arange(60) * 7 % 5
+    ks = [10, 1, 60, 3]
+    predicted = eval_knn.knn_predict(train, labels, test, ks, temperature, chunk_elements)
+    assert predicted.shape == (4, 25)
+    for row, k in zip(predicted, ks, strict=True):
+        assert row.tolist() == [naive_vote(train, labels, query, k, temperature) for query in test]
+
+
+def lines_of(path):
+    return [json.loads(line) for line in (path / "results.jsonl").read_text().splitlines()]
+
+
+def test_whole_run_over_all_kinds_of_weights(run, train, scenes, tmp_path, capsys):
+    train(tmp_path / "out", "--max_steps", "2")
+    capsys.readouterr()
+    checkpoint = tmp_path / "out" / "checkpoint.pth"
+    weights = [tmp_path / "out", checkpoint, tmp_path / "out" / "backbone", "random", "image_stats"]
+    run(
+        "eval_knn",
+        "--data_path",
+        scenes,
+        "--weights",
+        *weights,
+        "--output_dir",
+        tmp_path,
+        "--nb_knn",
+        1,
+        5,
+        30,
+        "--num_workers",
+        0,
+        "--per_class",
+    )
+    printed = capsys.readouterr().out
+    lines = lines_of(tmp_path)
+    assert [json.loads(line) for line in printed.splitlines()[-5:]] == lines
+    assert [line["weights"] for line in lines] == [str(name) for name in weights]
+    assert lines[0]["top1"] == lines[1]["top1"] == lines[2]["top1"]  # the teacher, read in three ways
+    for line in lines:
+        assert line["train_images"] == 30 and line["test_images"] == 20 and line["img_size"] == 32
+        assert set(line["top1"]) == {"1", "5", "30"} and len(line["per_class"]) == 10
+        assert sum(line["per_class"]) / 10 == pytest.approx(line["top1"]["1"])
+    run(
+        "eval_knn",
+        "--data_path",
+        scenes,
+        "--weights",
+        checkpoint,
+        "--checkpoint_key",
+        "student",
+        "--output_dir",
+        tmp_path,
+        "--nb_knn",
+        1,
+        "--num_workers",
+        0,
+    )
+    assert len(lines_of(tmp_path)) == 6
+
+
+def test_image_stats_are_standardised_means_and_deviations(run, scenes, tmp_path):
+    run(
+        "eval_knn",
+        "--data_path",
+        scenes,
+        "--weights",
+        "image_stats",
+        "--img_size",
+        32,
+        "--nb_knn",
+        3,
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        0,
+    )
+    train, test, classes, _ = eval_knn.load_split(str(scenes), 0.2, 0)
+
+    def stats(samples):
+        images = [eval_knn.LabelledImages(samples, 32)[i][0] / 255 for i in range(len(samples))]
+        return torch.stack(
+            [torch.tensor([f(x[c]) for f in (torch.mean, torch.std) for c in range(3)]) for x in images]
+        )
+
+    x, y = stats(train), stats(test)
+    x, y = (x - x.mean(0)) / x.std(0), (y - x.mean(0)) / x.std(0)
+    labels = torch.tensor([label for _, label in train])
+    right = sum(
+        naive_vote(F.normalize(x), labels, F.normalize(q, dim=0), 3, 0.07) == label
+        for q, (_, label) in zip(y, test, strict=True)
+    )
+    assert lines_of(tmp_path)[0]["top1"]["3"] == pytest.approx(100 * right / len(test))
+
+
+def test_crop_is_the_middle_of_the_resized_image(tmp_path):
+    picture = Image.effect_noise((160, 320), 80).convert("RGB")
+    picture.save(tmp_path / "x.png")
+    crop, label, message = eval_knn.LabelledImages([(str(tmp_path / "x.png"), 4)], 112)[0]
+    expected = picture.resize((128, 256), Image.Resampling.BICUBIC).crop((8, 72, 120, 184))
+    expected = torch.tensor(list(expected.getdata())).view(112, 112, 3).permute(2, 0, 1)
+    assert (crop.int() - expected).abs().max() <= 2 and label == 4 and message == ""
+
+
+def test_split_is_stratified_seeded_and_disjoint(scenes):
+    one, two = (eval_knn.load_split(str(scenes / "train"), 0.34, 0) for _ in range(2))
+    assert one == two
+    train, test, classes, split = one
+    assert len(classes) == 10 and len(train) == 20 and len(test) == 10 and "split_seed 0" in split
+    assert sorted(label for _, label in test) == list(range(10))
+    assert not {path for path, _ in train} & {path for path, _ in test}
+    assert eval_knn.load_split(str(scenes / "train"), 0.34, 1)[1] != test
+
+
+def test_unreadable_images_are_left_out_and_counted(run, scenes, tmp_path, capsys):
+    data = tmp_path / "data"
+    for i in range(12):
+        for name in ("a", "b"):
+            for source in (scenes / "train" / "forest").iterdir():
+                (data / name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, data / name / f"{i}_{source.name}")
+    for name in ("a", "b"):
+        for i in range(100):
+            Image.new("RGB", (40, 40), (i, 0, 0)).save(data / name / f"{i}.png")
+    (data / "a" / "bad.png").write_text("no image")
+    flags = [
+        "--data_path",
+        data,
+        "--weights",
+        "image_stats",
+        "--nb_knn",
+        5,
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        0,
+        "--val_fraction",
+        0.5,
+    ]
+    run("eval_knn", *flags)
+    (line,) = lines_of(tmp_path)
+    assert line["train_images"] + line["test_images"] == 272
+    assert capsys.readouterr().err.count("warning: unreadable") == 1
+    for i in range(9):
+        (data / "a" / f"bad{i}.png").write_text("no image")
+    with pytest.raises(SystemExit):
+        run("eval_knn", *flags)
+    assert "unreadable, more than 1 %" in capsys.readouterr().err
+
+
+def test_features_are_those_of_the_backbone(scenes):
+    torch.manual_seed(0)
+    backbone = common.build_backbone("test_resnet", 32).eval()
+    samples = eval_knn.load_split(str(scenes), 0.2, 0)[0]
+    args = eval_knn.get_parser().parse_args(
+        ["--data_path", "x", "--weights", "random", "--num_workers", "0", "--batch_size_per_gpu", "7"]
+    )
+    alone = common.Process(0, 1, torch.device("cpu"), None)
+    mean, std = common.IMAGENET_MEAN, common.IMAGENET_STD
+    x, y = eval_knn.extract_features(backbone, samples, 32, mean, std, args, alone)
+    assert y.tolist() == [label for _, label in samples]
+    for i in (0, 6, 7, len(samples) - 1):
+        image = eval_knn.LabelledImages(samples, 32)[i][0].unsqueeze(0) / 255
+        with torch.no_grad():
+            expected = backbone(common.normalize(image, mean, std))[0]
+        torch.testing.assert_close(x[i], expected, atol=1e-5, rtol=1e-4)
