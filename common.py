@@ -1,9 +1,10 @@
-"""Small helpers shared by the scripts. None of them is a method's idea, and each can be pasted alone.
+"""Small helpers shared by the scripts. None is a method's idea; take one along with what it calls.
 
 Order: errors, processes and seeds; data; colour on whole batches; backbones and their weights; optimisation;
 what a run writes.
 """
 
+import argparse
 import atexit
 import difflib
 import hashlib
@@ -12,6 +13,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,10 +21,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import safetensors.torch
 import timm
+import timm.layers
 import torch
 import torch.distributed as dist
 import torchvision
@@ -38,9 +42,15 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 # --------------------------------------------------------------------------------------------------
 
 
-def fail(message: str, code: int = 2) -> None:
-    """Ends the program with one line on stderr, once per machine; `code` 2: wrong usage, 1: a failed run."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
+    """Ends the program with one line on stderr.
+
+    Args:
+        message: what is wrong, and what is allowed.
+        code: 2 for wrong usage, 1 for a failed run.
+        everywhere: print in any process, for errors that only one may see; else once per machine.
+    """
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 
@@ -64,7 +74,7 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
-    control: dist.ProcessGroup | None  # a CPU group for flags and file names; None when there is one process
+    cpu_group: dist.ProcessGroup | None  # for flags and file names; None when there is one process
 
     @property
     def is_main(self) -> bool:
@@ -85,14 +95,15 @@ def init_process(device: str) -> Process:
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            fail(f"--nproc_per_node: more processes than this machine's GPUs, {torch.cuda.device_count()}")
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if processes > gpus:
+            fail(f"--nproc_per_node {processes}: this machine has {gpus} GPUs")
         torch.cuda.set_device(local_rank)
-    control = None
+    cpu_group = None
     if world_size > 1:
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
-        control = dist.new_group(backend="gloo")
-    return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), control)
+        cpu_group = dist.new_group(backend="gloo")
+    return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), cpu_group)
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -119,12 +130,14 @@ class UnreadableImageError(Exception):
     """An image file that cannot be decoded; the message names file and reason."""
 
 
-def list_images(root: str | Path) -> list[str]:
-    """Paths of all images below `root` at any depth, links followed, in an order no file system changes."""
+def list_images(root: str | Path, exclude: str | Path | None = None) -> list[str]:
+    """Paths of all images below `root`, links followed, but not in folder `exclude`; sorted."""
     if not os.path.isdir(root):
         fail(f"--data_path {root}: no such folder")
     paths = []
     for folder, _, names in os.walk(root, followlinks=True):
+        if exclude and os.path.realpath(folder) == os.path.realpath(exclude):
+            continue
         paths += [os.path.join(folder, name) for name in names
                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]
     if not paths:
@@ -140,7 +153,7 @@ def read_image(path: str | Path) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            if image.mode[0] in "IF":
+            if image.mode[0] in "IF" or ";16" in str(image.tile):  # Pillow would keep RGB's upper 8 bits only
                 raise ValueError("16-bit or float pixels: stretch them to 8 bits first")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # decoders raise almost anything on damaged bytes
@@ -148,19 +161,18 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def check_images(paths: Sequence[str], img_size: int, sample: int = 32) -> None:
-    """Opens some images, evenly spaced; fails when none is readable or most are smaller than the crop."""
-    sizes = []
+    """Reads some images, evenly spaced; fails when none is readable or most are smaller than the crop."""
+    sides, reason = [], ""
     for path in paths[:: math.ceil(len(paths) / sample)]:
         try:
-            with Image.open(path) as image:
-                sizes.append(min(image.size))
-        except Exception:  # counted and reported when training meets the file
-            continue
-    if not sizes:
-        fail(f"--data_path: none of the images looked at is readable, the first is {paths[0]}")
-    median = sorted(sizes)[len(sizes) // 2]
+            sides.append(min(read_image(path).shape[1:]))
+        except UnreadableImageError as error:  # a few are counted and reported when training meets them
+            reason = reason or str(error)
+    if not sides:
+        fail(f"--data_path: none of the images looked at is readable: {reason}")
+    median = sorted(sides)[len(sides) // 2]
     if median < img_size:
-        fail(f"--img_size {img_size}: most images are smaller, their median side is {median} px")
+        fail(f"--img_size {img_size}: most images are smaller; use {median}, their median, or less")
 
 
 class SkipUnreadable(torch.utils.data.Dataset):
@@ -237,7 +249,8 @@ def worker_count(num_workers: int | None) -> int:
     """`--num_workers`; None shares the machine's cores among its processes, at most 16 each."""
     if num_workers is not None:
         return num_workers
-    return min(16, max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def build_loader(dataset: torch.utils.data.Dataset, sampler: StepSampler, num_workers: int | None,
@@ -262,7 +275,7 @@ def build_loader(dataset: torch.utils.data.Dataset, sampler: StepSampler, num_wo
 # --------------------------------------------------------------------------------------------------
 
 
-def chance(p: Tensor, generator: torch.Generator) -> Tensor:
+def bernoulli(p: Tensor, generator: torch.Generator) -> Tensor:
     """True with probability `p` (n,) for each sample on its own."""
     return torch.rand(len(p), generator=generator) < p
 
@@ -330,7 +343,7 @@ def draw_color_jitter(strength: tuple[float, float, float, float], p: Tensor,
     neutral, spread = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor(strength)
     factors = neutral + spread * (2 * torch.rand(len(p), 4, generator=generator) - 1)
     order = torch.rand(len(p), 4, generator=generator).argsort(1)
-    return chance(p, generator), factors, order
+    return bernoulli(p, generator), factors, order
 
 
 def color_jitter(images: Tensor, where: Tensor, factors: Tensor, order: Tensor) -> Tensor:
@@ -406,7 +419,7 @@ def build_backbone(arch: str, img_size: int, patch_size: int | None = None,
 
 def patch_multiple(backbone: nn.Module) -> int:
     """The side in pixels that crops must be a multiple of: the patch of a transformer, 1 for other nets."""
-    return backbone.patch_embed.patch_size[0] if hasattr(backbone, "patch_embed") else 1
+    return timm.layers.to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1))[0]
 
 
 def read_weights(source: str, checkpoint_key: str | None = None,
@@ -457,8 +470,8 @@ def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict
         checkpoint = loader(path)
     except Exception as error:
         fail(f"{flag} {path}: {error}")
-    info = {name: value for name, value in checkpoint.get("args", {}).items()
-            if name in ("arch", "patch_size", "img_size", "mean", "std")} if "teacher" in checkpoint else {}
+    args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
+    info = {name: args[name] for name in ("arch", "patch_size", "img_size", "mean", "std")} if args else {}
     if key is None:
         key = next((name for name in ("teacher", "state_dict", "model") if name in checkpoint), None)
     elif key not in checkpoint:
@@ -501,16 +514,18 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int, mean: Sequ
                     std: Sequence[float]) -> None:
     """Writes config.json and model.safetensors for timm.create_model("local-dir:FOLDER", pretrained=True)."""
     new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)  # of a killed run
     kept = ("architecture", "first_conv", "classifier", "pool_size")
     backbone.pretrained_cfg = {
         **{key: backbone.pretrained_cfg.get(key) for key in kept}, "num_classes": 0,
         "input_size": (3, img_size, img_size), "mean": tuple(mean), "std": tuple(std), "crop_pct": 224 / 256,
         "interpolation": "bicubic"}
     timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args), safe_serialization=True)
+    shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own is for the owner alone
     folder.mkdir(exist_ok=True)
     for name in ("config.json", "model.safetensors"):
         os.replace(new / name, folder / name)
-    new.rmdir()
+    shutil.rmtree(new)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -529,9 +544,9 @@ def cosine_schedule(base: float, final: float, step: int, total_steps: int, warm
 def param_groups(model: nn.Module) -> list[dict]:
     """Two groups of the trained parameters: with weight decay, and without (biases and 1-D: norm weights)."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    plain = {name for name, p in trained if name.endswith(".bias") or p.ndim <= 1}
-    return [{"params": [p for name, p in trained if name not in plain]},
-            {"params": [p for name, p in trained if name in plain], "weight_decay": 0.0}]
+    no_decay = {name for name, p in trained if name.endswith(".bias") or p.ndim <= 1}
+    return [{"params": [p for name, p in trained if name not in no_decay]},
+            {"params": [p for name, p in trained if name in no_decay], "weight_decay": 0.0}]
 
 
 @torch.no_grad()
@@ -558,7 +573,8 @@ def write_atomically(path: Path, write: Callable) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Loads to the CPU without ever running code from the file; raises ValueError with the reason."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # harmless: flags in public checkpoints
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError("refused, because loading it would run code; or no PyTorch file") from error
     except Exception as error:
@@ -643,7 +659,7 @@ def agree(process: Process, *flags: bool) -> list[bool]:
     if process.world_size == 1:
         return list(flags)
     votes = torch.tensor(flags, dtype=torch.uint8)
-    dist.all_reduce(votes, dist.ReduceOp.MAX, group=process.control)
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group=process.cpu_group)
     return votes.bool().tolist()
 
 
@@ -657,9 +673,10 @@ class Meter:
 
     def __init__(self, process: Process, images: int):
         self.process, self.images, self.unreadable = process, images, set()
-        self._restart()
+        self.restart()
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Begins an interval; after a checkpoint, so that its time does not count."""
         self.terms, self.waited, self.began = [], 0.0, time.perf_counter()
 
     def fetch(self, batches: Iterator) -> object:
@@ -668,7 +685,7 @@ class Meter:
         try:
             batch, messages = next(batches)
         except UnreadableImageError as error:
-            fail(str(error).splitlines()[-1], code=1)  # the lines before are the worker's traceback
+            fail(str(error).splitlines()[-1], 1, everywhere=True)  # before it comes the worker's traceback
         self.waited += time.perf_counter() - began
         for message in set(messages) - self.unreadable:
             print(f"warning: unreadable, another image taken: {message}", file=sys.stderr, flush=True)
@@ -685,10 +702,10 @@ class Meter:
         table = torch.stack([torch.stack(list(terms.values())) for terms in self.terms]).float().cpu()
         unreadable = self.unreadable
         if self.process.world_size > 1:
-            dist.all_reduce(table, group=self.process.control)
+            dist.all_reduce(table, group=self.process.cpu_group)
             table /= self.process.world_size
             everywhere = [set()] * self.process.world_size
-            dist.all_gather_object(everywhere, unreadable, group=self.process.control)
+            dist.all_gather_object(everywhere, unreadable, group=self.process.cpu_group)
             unreadable = set().union(*everywhere)
         if not table.isfinite().all():
             row = int((~table.isfinite()).any(1).nonzero()[0])
@@ -696,12 +713,12 @@ class Meter:
             step -= len(table) - row - 1
             fail(f"step {step}: not finite: {terms}; the last checkpoint stays. Try a lower --lr", code=1)
         if len(unreadable) > 0.01 * self.images:
-            fail(f"{len(unreadable)} of {self.images} images unreadable, over 1 %: {min(unreadable)}", code=1)
+            fail(f"{len(unreadable)} of {self.images} images unreadable, over 1 %: {min(unreadable)}", 1)
         per_step = (time.perf_counter() - self.began) / len(table)
         result = dict(zip(names, table.mean(0).tolist(), strict=True))
-        result.update(images_per_s=effective_batch / per_step, data_seconds=self.waited / len(table),
-                      unreadable=len(unreadable))
-        self._restart()
+        result.update(images_per_s=effective_batch / per_step, step_seconds=per_step,
+                      data_seconds=self.waited / len(table), unreadable=len(unreadable))
+        self.restart()
         return result
 
 
@@ -733,12 +750,12 @@ class RunLog:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        short = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                          for name, value in values.items())
+        words = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+                 for name, value in values.items()]
         if self.bar.disable:
-            print(f"step {step}/{self.bar.total}  {short}", flush=True)
+            print(f"step {step}/{self.bar.total}", *words, sep="  ", flush=True)
         else:
-            self.bar.set_postfix_str(short)
+            self.bar.set_postfix_str("  ".join(words[:4]))  # the rest would not fit on a line
 
     def advance(self) -> None:
         """One optimizer step done."""

@@ -52,6 +52,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+import timm.layers
 import timm.optim
 import torch
 import torch.distributed as dist
@@ -93,7 +94,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--arch", default="vit_small_patch16_224", help="any timm model with pooled features, such as "
         "vit_small_patch8_224, resnet50, wide_resnet50_2, swin_tiny_patch4_window7_224")
     add("--patch_size", type=int, help="of a ViT; none: the arch's own")
-    add("--drop_path", type=float, default=0.1, help="stochastic depth of the student; 0: none")
+    add("--drop_path", type=float, default=0.1, help="stochastic depth of the student; 0 for short runs")
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
     add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the teacher of ours")
@@ -105,17 +106,17 @@ def get_parser() -> argparse.ArgumentParser:
     add("--out_dim", type=int, default=65536, help="K; fewer, such as 4096, for small data")
     add("--norm_last_layer", action=yes_no, default=True, help="keep the prototypes' gain at 1; without it "
         "training may be better, or unstable")
-    add("--use_bn_in_head", action=yes_no, default=False, help="BatchNorm in the head")
-    add("--momentum_teacher", type=float, default=0.996, help="start of its cosine to 1; less for short runs")
-    add("--student_temp", type=float, default=0.1, help="tau_s")
+    add("--use_bn_in_head", action=yes_no, default=False, help="BatchNorm in the head; helps short runs")
+    add("--momentum_teacher", type=float, default=0.996, help="start of its cosine to 1; .9 for short runs")
+    add("--student_temp", type=float, default=0.1, help="tau_s; seldom changed")
     add("--teacher_temp", type=float, default=0.04, help="tau_t after its warm-up; lower if the loss stays "
         "at ln K, unstable above .07")
-    add("--warmup_teacher_temp", type=float, default=0.04, help="tau_t at the start")
-    add("--warmup_teacher_temp_epochs", type=int, default=0, help="length of tau_t's warm-up")
+    add("--warmup_teacher_temp", type=float, default=0.04, help="tau_t at the start; lower if unstable")
+    add("--warmup_teacher_temp_epochs", type=int, default=0, help="its length; 30 for long runs")
     add("--freeze_last_layer", type=int, default=1, help="epochs without gradient for the prototypes; more "
         "if the loss does not fall at the start")
-    add("--global_crops_scale", type=float, nargs=2, default=(0.32, 1.0), help="share of the image's area")
-    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.32), help="share of the image's area")
+    add("--global_crops_scale", type=float, nargs=2, default=(0.32, 1.0), help="area share; more: easier")
+    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.32), help="area share; more: easier")
     add("--local_crops_number", type=int, default=6, help="fewer save time; mc, tp: the smallest stay")
     add("--local_crops_size", type=int, nargs="+", help="sides in pixels, one for all or one each; none: 184 "
         "164 144 124 104 84 in mc and tp, 96 in dino, in proportion to --img_size / 224")
@@ -128,7 +129,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=5e-4, help="at an effective batch of 256; scaled linearly to the actual")
     add("--min_lr", type=float, default=1e-6, help="at the end of its cosine; not scaled")
     add("--warmup_epochs", type=int, default=10, help="of the learning rate; fewer for short runs")
-    add("--weight_decay", type=float, default=0.04, help="at the start; less for ResNets")
+    add("--weight_decay", type=float, default=0.04, help="at the start; 1e-4 with sgd")
     add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
     add("--clip_grad", type=float, default=3.0, help="greatest norm of each tensor's gradient; 0: off")
 
@@ -138,7 +139,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 on GPUs with it")
     add("--compile", action=yes_no, default=False, help="torch.compile the backbones; pays on long runs")
-    add("--save_every", type=int, default=1, help="epochs between checkpoints")
+    add("--save_every", type=int, default=1, help="epochs between checkpoints; more where epochs are short")
     add("--save_minutes", type=float, default=15, help="and the longest time between them")
     add("--log_every", type=int, default=20, help="steps between lines of the log")
     add("--max_steps", type=int, help="stop after this many optimizer steps; schedules keep to --epochs")
@@ -212,10 +213,12 @@ def local_sizes(mode: str, img_size: int, number: int, sizes: Sequence[int] | No
         result = [DINO_SIZE] * number if mode == "dino" else list(MC_SIZES[len(MC_SIZES) - number:])
         if img_size != 224:
             result = [size * img_size // 224 // multiple * multiple for size in result]
-    for size in (img_size, *result):
+    if img_size % multiple:
+        common.fail(f"--img_size {img_size}: must be a multiple of the patch, {multiple}")
+    for size in result:
         if not multiple <= size <= img_size:
-            common.fail(f"--img_size {img_size} --local_crops_size {size}: must be at least the patch, "
-                        f"{multiple}, and local crops at most the global ones")
+            common.fail(f"--local_crops_size {size}: must be between the patch, {multiple}, and --img_size, "
+                        f"{img_size}")
     return result
 
 
@@ -224,11 +227,11 @@ def make_views(mode: str, img_size: int, sizes: Sequence[int], global_scale: tup
     """The paper's views, global ones first. `sizes` are the sides of the local crops."""
     bicubic, bilinear = InterpolationMode.BICUBIC, InterpolationMode.BILINEAR
     if mode == "tp":
-        # Two of the three dates change colour and flip; the third and the local crops stay as they are.
+        # Two of the three dates change colour and flip; the third and the local crops (of date 0) do not.
         a = View(img_size, global_scale, bicubic, for_teacher=True, jitter=(0.4, 0.4, 0.4, 0.1))
-        plain = {"p_flip": 0.0, "p_jitter": 0.0, "p_gray": 0.0, "p_blur": 0.0}
-        return [replace(a, date=1), replace(a, date=2, **plain), replace(a, date=0),
-                *(View(size, local_scale, bilinear, **plain) for size in sizes)]
+        unchanged = {"p_flip": 0.0, "p_jitter": 0.0, "p_gray": 0.0, "p_blur": 0.0}
+        return [replace(a, date=1), replace(a, date=2, **unchanged), replace(a, date=0),
+                *(View(size, local_scale, bilinear, **unchanged) for size in sizes)]
     global_1 = View(img_size, global_scale, bicubic, for_teacher=True, p_blur=1.0)
     global_2 = View(img_size, global_scale, bicubic, for_teacher=True, p_blur=0.1, p_solarize=0.2)
     if mode == "dino":
@@ -281,22 +284,29 @@ def color_views(crops: list[Tensor], views: list[View], mean: Sequence[float], s
         generator: on the CPU.
 
     Returns:
-        float tensors (n_views * B) x 3 x size x size: all global views, then each run of equal local sizes.
+        groups of views that go through the network as one batch, float (n_views * B) x 3 x size x size, view
+        by view: first all global ones, then local ones, joined where neighbours have the same size.
     """
-    groups = []
     B = len(crops[0])
-    same = [(view.for_teacher, view.size, view.jitter) for view in views]
-    for (_, _, jitter), members in groupby(range(len(views)), key=lambda v: same[v]):
-        members = list(members)
-        p_jitter, p_gray, p_blur, p_solarize = (
-            torch.tensor([getattr(views[v], name) for v in members]).repeat_interleave(B)
-            for name in ("p_jitter", "p_gray", "p_blur", "p_solarize"))
-        x = torch.cat([crops[v] for v in members]).float() / 255
-        x = common.color_jitter(x, *common.draw_color_jitter(jitter, p_jitter, generator))
-        x = common.grayscale(x, common.chance(p_gray, generator))
+
+    def per_sample(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values)).repeat_interleave(B)  # n_views * B
+
+    groups = []
+    # Within a kind (global, local) the strength of the jitter is the same; the probabilities differ by view.
+    kind_and_size = lambda pair: (pair[1].for_teacher, pair[1].size)  # noqa: E731
+    for _, members in groupby(zip(crops, views, strict=True), key=kind_and_size):
+        crops_of_group, views_of_group = zip(*members, strict=True)
+        x = torch.cat(crops_of_group).float() / 255
+        p = per_sample(view.p_jitter for view in views_of_group)
+        x = common.color_jitter(x, *common.draw_color_jitter(views_of_group[0].jitter, p, generator))
+        p = per_sample(view.p_gray for view in views_of_group)
+        x = common.grayscale(x, common.bernoulli(p, generator))
+        p = per_sample(view.p_blur for view in views_of_group)
         sigma = torch.empty(len(x)).uniform_(0.1, 2.0, generator=generator)
-        x = common.gaussian_blur(x, common.chance(p_blur, generator), sigma)
-        x = common.solarize(x, common.chance(p_solarize, generator))
+        x = common.gaussian_blur(x, common.bernoulli(p, generator), sigma)
+        p = per_sample(view.p_solarize for view in views_of_group)
+        x = common.solarize(x, common.bernoulli(p, generator))
         groups.append(common.normalize(x, mean, std))
     return groups
 
@@ -473,8 +483,8 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         args: the flags.
         process: this one.
         meter: collects what the log shows.
-        after_step: given the number of steps done, values to log and a function that computes more, it logs,
-            saves, and says whether to stop.
+        after_step: given the number of steps done, values to log and a function that computes the health
+            figures, it logs, saves, and says whether to stop.
     """
     T = sum(view.for_teacher for view in views)
     network = student.module if isinstance(student, DistributedDataParallel) else student
@@ -498,11 +508,12 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
             if process.is_main and step == 0 and micro == 0:
                 save_views(Path(args.output_dir) / "views.png", groups, B, args.mean, args.std)
 
-            is_last = micro == args.accum_steps - 1  # only then do the processes exchange gradients
-            with nullcontext() if is_last or student is network else student.no_sync():
+            # Processes exchange gradients with the last micro-batch only.
+            waits = micro < args.accum_steps - 1 and isinstance(student, DistributedDataParallel)
+            with student.no_sync() if waits else nullcontext():
                 with autocast:
                     with torch.no_grad():
-                        teacher_out, _ = teacher(groups[:1])  # T*B x K
+                        teacher_out, _ = teacher(groups[:1])  # T*B x K, on the global views
                     student_out, features = student(groups)  # V*B x K, V*B x D
                 student_out, teacher_out = student_out.view(V, B, -1), teacher_out.view(T, B, -1)
                 loss = dino_loss(student_out, teacher_out, teacher_temp) / args.accum_steps
@@ -530,8 +541,9 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         common.update_ema(network, teacher, now["momentum"])
 
         meter.end_step({"loss": step_loss})
-        figures = partial(health, teacher_out, center, teacher_temp, features[: T * B])
-        if after_step(step + 1, {**now, "teacher_temp": teacher_temp}, figures):
+        # Health, of the last micro-batch in the main process, is for log steps only: it waits for the GPU.
+        compute_health = partial(health, teacher_out, center, teacher_temp, features[: T * B])
+        if after_step(step + 1, {**now, "teacher_temp": teacher_temp}, compute_health):
             return True
     return False
 
@@ -578,10 +590,11 @@ def main() -> None:
     args = parser.parse_args()
     check_args(args)
     process = common.init_process(args.device)
+    common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
     out = common.make_output_dir(args.output_dir, process)
 
     # Data
-    paths = common.list_images(args.data_path)
+    paths = common.list_images(args.data_path, exclude=out)
     common.check_images(paths, args.img_size)
     locations = group_locations(paths, args.mode, args.one_date_per_location)
     effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
@@ -619,17 +632,19 @@ def main() -> None:
         if process.device.type == "cuda" and not hasattr(backbone, "patch_embed"):
             model.to(memory_format=torch.channels_last)
     if process.world_size > 1 and process.device.type == "cuda":
-        network, teacher = (nn.SyncBatchNorm.convert_sync_batchnorm(model) for model in (network, teacher))
+        network, teacher = (timm.layers.convert_sync_batchnorm(model) for model in (network, teacher))
     optimizer = timm.optim.create_optimizer_v2(
-        common.param_groups(network), opt=args.optimizer, lr=args.lr, weight_decay=args.weight_decay,
-        momentum=0.9, **({"fused": True} if args.optimizer == "adamw" else {}))
+        common.param_groups(network), lr=args.lr, weight_decay=args.weight_decay, momentum=0.9,
+        opt="momentum" if args.optimizer == "sgd" else args.optimizer,  # timm's "sgd" would be Nesterov's
+        **({"fused": True} if args.optimizer == "adamw" else {}))
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
     stateful = {"student": network, "teacher": teacher, "dino_loss": dino_loss, "optimizer": optimizer,
                 "scaler": scaler}
     start_step = saved["step"] if saved else 0
     for name, part in stateful.items():
-        if saved:
+        if saved and saved[name]:  # the scaler has no state without fp16
             part.load_state_dict(saved[name])
+    del saved
     if args.compile:
         for model in (network, teacher):
             model.backbone.compile()
@@ -657,7 +672,8 @@ def main() -> None:
               "steps": total_steps, "from_step": start_step, "to_step": end_step,
               "views": [view.size for view in views], "chance_loss": math.log(args.out_dim)}
     if process.is_main:
-        print("  ".join(f"{name} {value}" for name, value in list(header.items())[2:]))  # argv, versions: log
+        derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
+        print("  ".join(f"{name} {value}" for name, value in derived.items()))
     log = common.RunLog(out, process, end_step, start_step, header)
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
@@ -670,16 +686,18 @@ def main() -> None:
             common.export_backbone(teacher.backbone, out / "backbone", args.img_size, args.mean, args.std)
         saved_at = time.monotonic()
 
-    def after_step(step: int, values: dict, figures: Callable[[], dict]) -> bool:
+    def after_step(step: int, values: dict, compute_health: Callable[[], dict]) -> bool:
         overdue = time.monotonic() - saved_at > 60 * args.save_minutes
         stopping, overdue = common.agree(process, stop.seen, overdue)
         epochs, rest = divmod(step, steps_per_epoch)
         saving = stopping or overdue or step == end_step or (rest == 0 and epochs % args.save_every == 0)
         if saving or step % args.log_every == 0:
             terms = meter.summary(step, effective_batch)
-            log.write(step, {"epoch": epochs, **terms, **figures(), **values})
+            health_figures = compute_health() if process.is_main else {}
+            log.write(step, {"epoch": epochs, **terms, **health_figures, **values})
         if saving:
             save(step)
+            meter.restart()
         log.advance()
         return stopping
 

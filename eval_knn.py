@@ -119,6 +119,8 @@ def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[li
             generator = torch.Generator().manual_seed(common.stream_seed(split_seed, "split", name))
             order = torch.randperm(len(paths), generator=generator).tolist()
             count = max(1, round(val_fraction * len(paths)))
+            if count == len(paths):
+                common.fail(f"--val_fraction {val_fraction}: leaves no training image of class {name}")
             test[name], train[name] = ([paths[i] for i in part] for part in (order[:count], order[count:]))
     names = list(train)
     train, test = ([(path, names.index(name)) for name, paths in part.items() for path in paths]
@@ -185,7 +187,7 @@ def extract_features(backbone: nn.Module, samples: list[tuple[str, int]], img_si
     parts = [list(zip(features, labels, strict=True))]
     if process.world_size > 1:
         parts = [None] * process.world_size
-        dist.all_gather_object(parts, list(zip(features, labels, strict=True)), group=process.control)
+        dist.all_gather_object(parts, list(zip(features, labels, strict=True)), group=process.cpu_group)
     # Batch number i was the process i % world_size's next one.
     batches = [parts[i % process.world_size][i // process.world_size] for i in range(len(index))]
     features, labels = (torch.cat(column) for column in zip(*batches, strict=True))
@@ -233,20 +235,23 @@ def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int]
 # --------------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, known: dict, args: argparse.Namespace) -> tuple[nn.Module, int, tuple, tuple, str]:
-    """Backbone, crop size, mean, std and a report for one of --weights.
+BASELINES = ("random", "image_stats")
+
+
+def prepare(name: str, state: dict, info: dict,
+            args: argparse.Namespace) -> tuple[nn.Module, int, tuple, tuple, str | None, str]:
+    """Backbone, crop size, mean, std, arch and a report for one of --weights.
 
     Args:
         name: what the user gave.
-        known: arch, patch_size, img_size, mean, std of the first real weights of the call, for `random`.
+        state: state dict; empty for the baselines.
+        info: what is known of its arch, patch_size, img_size, mean, std; a baseline borrows it.
         args: the flags.
     """
-    state, info = (None, known) if name in ("random", "image_stats") else \
-        common.read_weights(name, args.checkpoint_key)
     img_size = args.img_size or info.get("img_size") or 224
     mean, std = info.get("mean", common.IMAGENET_MEAN), info.get("std", common.IMAGENET_STD)
     if name == "image_stats":
-        return ImageStats(), img_size, (0.0,) * 3, (1.0,) * 3, "mean and std of each channel, standardised"
+        return ImageStats(), img_size, (0.0,) * 3, (1.0,) * 3, None, "image_stats: of each channel"
     arch = args.arch or info.get("arch")
     if arch is None:
         common.fail(f"--weights {name}: give its --arch")
@@ -254,13 +259,13 @@ def prepare(name: str, known: dict, args: argparse.Namespace) -> tuple[nn.Module
         common.fail(f"--arch {arch}: {name} holds {info['arch']}")
     torch.manual_seed(args.seed)
     backbone = common.build_backbone(arch, img_size, args.patch_size or info.get("patch_size"))
-    report = f"{arch}, initial weights of seed {args.seed}"
+    report = f"{name}: initial weights of seed {args.seed}"
     if state:
-        report = f"{arch}, " + common.load_backbone(backbone, state, name, args.allow_partial)
+        report = common.load_backbone(backbone, state, name, args.allow_partial)
     multiple = common.patch_multiple(backbone)
     if img_size % multiple:
         common.fail(f"--img_size {img_size}: no multiple of the patch, {multiple}")
-    return backbone, img_size, mean, std, report
+    return backbone, img_size, mean, std, arch, report
 
 
 def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train: list, test: list, C: int,
@@ -272,18 +277,21 @@ def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train:
     if isinstance(backbone, ImageStats):
         center, spread = train_x.mean(0), train_x.std(0)
         train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
+    if max(args.nb_knn) > len(train_x):  # some images were unreadable
+        common.fail(f"--nb_knn {max(args.nb_knn)}: only {len(train_x)} training images are readable")
     train_x, test_x = F.normalize(train_x, dim=1).to(process.device), F.normalize(test_x, dim=1)
     mine = slice(process.rank, None, process.world_size)  # this process's share of the test images
     mine_x, mine_y = test_x[mine].to(process.device), test_y[mine]
     predicted = knn_predict(train_x, train_y.to(process.device), mine_x, args.nb_knn, args.temperature).cpu()
     right = torch.stack([mine_y[row == mine_y].bincount(minlength=C) for row in predicted])  # len(ks) x C
     if process.world_size > 1:
-        dist.all_reduce(right, group=process.control)
+        dist.all_reduce(right, group=process.cpu_group)
     of_class = torch.bincount(test_y, minlength=C)
     result = {"top1": {str(k): round(100 * count / len(test_y), 3)
                        for k, count in zip(args.nb_knn, right.sum(1).tolist(), strict=True)}}
     if args.per_class:
-        result["per_class"] = [round(value, 3) for value in (100 * right[0] / of_class.clamp(min=1)).tolist()]
+        result["per_class"] = [round(100 * hits / images, 3) if images else None
+                               for hits, images in zip(right[0].tolist(), of_class.tolist(), strict=True)]
     return result | {"train_images": len(train_y), "test_images": len(test_y)}
 
 
@@ -297,22 +305,25 @@ def main() -> None:
     if not 0 < args.val_fraction < 1:
         common.fail(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
     process = common.init_process(args.device)
+    common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
     out = common.make_output_dir(args.output_dir, process)
     train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
     if not 1 <= min(args.nb_knn) <= max(args.nb_knn) <= len(train):
         common.fail(f"--nb_knn {' '.join(map(str, args.nb_knn))}: must be from 1 to the number of "
                     f"training images, {len(train)}")
-    real = next((name for name in args.weights if name not in ("random", "image_stats")), None)
-    known = common.read_weights(real, args.checkpoint_key)[1] if real else {}
-    prepared = [prepare(name, known, args) for name in args.weights]
+    sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
+               if name not in BASELINES}
+    borrowed = {}, next((info for _, info in sources.values()), {})
+    prepared = [prepare(name, *sources.get(name, borrowed), args) for name in args.weights]
 
     lines = []
-    for name, (backbone, img_size, mean, std, report) in zip(args.weights, prepared, strict=True):
+    for name, (backbone, img_size, mean, std, arch, report) in zip(args.weights, prepared, strict=True):
         began = time.perf_counter()
         if process.is_main:
-            print(f"{name}: {report}", flush=True)
+            print(f"{arch}: {report}" if arch else report, flush=True)
         result = evaluate(backbone, img_size, mean, std, train, test, len(classes), args, process)
-        lines.append({"task": "knn", "weights": name, "data": args.data_path, "split": split,
+        lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
+                      "patch_size": args.patch_size, "data": args.data_path, "split": split,
                       "img_size": img_size, "temperature": args.temperature, "seed": args.seed, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
     if process.is_main:
@@ -336,7 +347,8 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
     if "per_class" in lines[0]:
         print(f"\nper class at k {next(iter(lines[0]['top1']))}")
         for i, name in enumerate(classes):
-            print(f"  {name:24}" + "".join(f"{line['per_class'][i]:9.2f}" for line in lines))
+            values = [line["per_class"][i] for line in lines]
+            print(f"  {name:24}" + "".join(f"{'-':>9}" if v is None else f"{v:9.2f}" for v in values))
     print()
 
 

@@ -68,10 +68,11 @@ BAD_TRAINING = [
         "--batch_size_per_gpu 31: the effective batch, 31, is larger than the data, 30",
     ),
     (["--batch_size_per_gpu", "8", "--accum_steps", "4"], "the effective batch, 32, is larger"),
-    (["--img_size", "64"], "--img_size 64: most images are smaller"),
+    (["--img_size", "64"], "--img_size 64: most images are smaller; use 48,"),
+    (["--img_size", "30"], "--img_size 30: must be a multiple of the patch, 8"),
     (
         ["--local_crops_size", "40"],
-        "--local_crops_size 40: must be at least the patch, 8, and local crops at most",
+        "--local_crops_size 40: must be between the patch, 8, and --img_size, 32",
     ),
     (["--local_crops_size", "4"], "--local_crops_size 4: must be"),
     (["--local_crops_size", "8", "8", "8"], "--local_crops_size: one side or 2"),
@@ -247,6 +248,15 @@ def test_one_unreadable_image_is_skipped_and_many_stop_the_run(run, capsys, scen
     with pytest.raises(SystemExit) as stop:
         run("dino_mc", *base, "--output_dir", tmp_path / "out2")
     assert stop.value.code == 1 and "over 1 %" in capsys.readouterr().err
+
+
+def test_output_inside_the_data_is_no_data(run, scenes, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(scenes / "train", data)
+    base = ["--data_path", data, "--output_dir", data / "out", *TINY, *TINY_VIT]
+    for steps in (1, 2):
+        run("dino_mc", *base, "--max_steps", steps)
+    assert torch.load(data / "out" / "checkpoint.pth", weights_only=True)["images"] == 30
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path):

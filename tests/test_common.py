@@ -1,6 +1,9 @@
+import argparse
 import json
 import math
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -95,15 +98,30 @@ def test_read_image_makes_rgb_of_8_bit_modes(tmp_path, mode):
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(picture.convert("RGB")))
 
 
+def write_png_16_bit_rgb(path):
+    """Pillow reads such files, but writes none."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(b"".join(b"\0" + struct.pack(">12H", *[3000] * 12) for _ in range(4)))
+    header = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
 def test_read_image_refuses_damaged_and_16_bit_files(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
     good = tmp_path / "good.png"
     Image.new("RGB", (64, 64)).save(good)
     (tmp_path / "half.png").write_bytes(good.read_bytes()[:60])
+    write_png_16_bit_rgb(tmp_path / "deep_rgb.png")
     for name, reason in (
         ("text", "cannot identify"),
         ("deep", "16-bit"),
+        ("deep_rgb", "16-bit"),
         ("half", "half.png"),
         ("gone", "No such"),
     ):
@@ -219,7 +237,7 @@ def test_solarize_threshold_is_128_in_8_bits():
 
 def test_chance_is_per_sample():
     hit = (
-        common.chance(torch.tensor([0.0, 1.0, 0.5]).repeat_interleave(2000), generator())
+        common.bernoulli(torch.tensor([0.0, 1.0, 0.5]).repeat_interleave(2000), generator())
         .float()
         .view(3, -1)
         .mean(1)
@@ -322,6 +340,38 @@ def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, capsys, content, reason
         common.read_weights(str(path))
     assert reason in capsys.readouterr().err
     assert not (tmp_path / "executed").exists()
+
+
+def test_flags_in_a_public_checkpoint_are_no_obstacle(tmp_path):
+    source = common.build_backbone("test_resnet", 32)
+    content = {
+        "teacher": {f"backbone.{name}": value for name, value in source.state_dict().items()},
+        "args": argparse.Namespace(arch="resnet", patch_size=16),
+        "epoch": 7,
+    }
+    state, info = common.read_weights(save(tmp_path / "checkpoint.pth", content))
+    assert info == {} and state.keys() == source.state_dict().keys()
+
+
+def test_export_survives_what_a_killed_one_left(tmp_path):
+    (tmp_path / "backbone.new").mkdir()
+    (tmp_path / "backbone.new" / ".tmp123").write_text("half")
+    backbone = common.build_backbone("test_resnet", 32)
+    for _ in range(2):
+        common.export_backbone(backbone, tmp_path / "backbone", 32, (0, 0, 0), (1, 1, 1))
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "backbone",
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+@pytest.mark.parametrize(
+    "arch, patch",
+    [("test_vit", 16), ("swin_tiny_patch4_window7_224", 4), ("test_resnet", 1), ("xcit_nano_12_p16_224", 16)],
+)
+def test_patch_multiple(arch, patch):
+    assert common.patch_multiple(common.build_backbone(arch, 224)) == patch
 
 
 def test_truncated_checkpoint_is_reported(tmp_path):

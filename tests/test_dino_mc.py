@@ -163,6 +163,16 @@ def test_every_backbone_takes_every_size_of_crop(arch, img_size):
     assert features.shape == (len(odd), backbone.num_features) and out.isfinite().all()
 
 
+def test_synchronised_batchnorm_keeps_activations(monkeypatch):
+    """What several GPUs would train is the net that one GPU trains."""
+    backbone = common.build_backbone("efficientnet_b0", 32).eval()
+    x = rand(2, 3, 32, 32)
+    expected = backbone(x)
+    converted = timm.layers.convert_sync_batchnorm(backbone)
+    assert any(isinstance(module, torch.nn.SyncBatchNorm) for module in converted.modules())
+    torch.testing.assert_close(converted(x), expected)
+
+
 def test_swin_and_vit_take_the_papers_sizes_at_224():
     for arch in ("swin_tiny_patch4_window7_224", "vit_small_patch16_224"):
         backbone = common.build_backbone(arch, 224)

@@ -177,6 +177,33 @@ def test_unreadable_images_are_left_out_and_counted(run, scenes, tmp_path, capsy
     assert "unreadable, more than 1 %" in capsys.readouterr().err
 
 
+def test_too_few_readable_images_for_k(run, scenes, tmp_path, capsys):
+    data = tmp_path / "data"
+    for split, count in (("train", 60), ("val", 2)):
+        for name in ("a", "b"):
+            (data / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (40, 40), (i, 0, 0)).save(data / split / name / f"{i}.png")
+    (data / "train" / "a" / "0.png").write_text("no image")
+    flags = [
+        "--data_path",
+        data,
+        "--weights",
+        "image_stats",
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        0,
+        "--nb_knn",
+    ]
+    with pytest.raises(SystemExit):
+        run("eval_knn", *flags, 120)
+    assert "only 119 training images are readable" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run("eval_knn", "--data_path", data / "val", *flags[2:], 1, "--val_fraction", 0.9)
+    assert "leaves no training image of class a" in capsys.readouterr().err
+
+
 def test_features_are_those_of_the_backbone(scenes):
     torch.manual_seed(0)
     backbone = common.build_backbone("test_resnet", 32).eval()
