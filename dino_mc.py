@@ -128,7 +128,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw", help="sgd, lars: for ResNets")
     add("--lr", type=float, default=5e-4, help="at an effective batch of 256; scaled linearly to the actual")
     add("--min_lr", type=float, default=1e-6, help="at the end of its cosine; not scaled")
-    add("--warmup_epochs", type=int, default=10, help="of the learning rate; fewer for short runs")
+    add("--warmup_epochs", type=float, default=10, help="of the learning rate; fewer for short runs, such as .5")
     add("--weight_decay", type=float, default=0.04, help="at the start; 1e-4 with sgd")
     add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
     add("--clip_grad", type=float, default=3.0, help="greatest norm of each tensor's gradient; 0: off")
@@ -651,7 +651,7 @@ def main() -> None:
     student = network
     if process.world_size > 1:
         device_ids = [process.device.index] if process.device.type == "cuda" else None
-        student = DistributedDataParallel(network, device_ids=device_ids, broadcast_buffers=False)
+        student = DistributedDataParallel(network, device_ids=device_ids)
 
     dataset = ViewDataset(locations, views, args.seed)
     sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
@@ -661,7 +661,7 @@ def main() -> None:
 
     def schedule(step: int) -> dict[str, float]:
         cosine = partial(common.cosine_schedule, step=step, total_steps=total_steps)
-        return {"lr": cosine(lr, args.min_lr, warmup_steps=args.warmup_epochs * steps_per_epoch),
+        return {"lr": cosine(lr, args.min_lr, warmup_steps=round(args.warmup_epochs * steps_per_epoch)),
                 "weight_decay": cosine(args.weight_decay, args.weight_decay_end),
                 "momentum": cosine(args.momentum_teacher, 1.0)}
 

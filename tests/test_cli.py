@@ -77,7 +77,7 @@ BAD_TRAINING = [
     (["--local_crops_size", "4"], "--local_crops_size 4: must be"),
     (["--local_crops_size", "8", "8", "8"], "--local_crops_size: one side or 2"),
     (["--local_crops_number", "7"], "--local_crops_number 7: mode mc has 6 sizes"),
-    (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs 2: must be less than --epochs 2"),
+    (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs 2.0: must be less than --epochs 2"),
     (["--global_crops_scale", "0.5", "0.2"], "--global_crops_scale 0.5 0.2: must be 0 < low <= high <= 1"),
     (["--mode", "tp", "--one_date_per_location"], "--one_date_per_location: only with --mode mc or dino"),
     (["--mode", "tp", "--data_path", "SINGLE"], "every folder has one image"),
@@ -190,6 +190,7 @@ def test_bad_evaluation_input_is_one_line(run, capsys, scenes, places, tmp_path,
 
 def test_changed_flags_on_resume_are_named(train, run, capsys, scenes, tmp_path):
     train(tmp_path, "--max_steps", "1")
+    capsys.readouterr()
     base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *TINY, *TINY_VIT]
     refused(
         run,
@@ -219,6 +220,7 @@ def test_changed_flags_on_resume_are_named(train, run, capsys, scenes, tmp_path)
 
 def test_weights_of_another_arch_are_refused(train, run, capsys, scenes, tmp_path):
     train(tmp_path / "out", "--max_steps", "1")
+    capsys.readouterr()
     base = ["--data_path", scenes, "--output_dir", tmp_path, "--nb_knn", "1", "--weights", tmp_path / "out"]
     refused(run, capsys, "eval_knn", [*base, "--arch", "test_resnet"], f"{tmp_path / 'out'} holds test_vit")
     refused(

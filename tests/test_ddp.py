@@ -38,9 +38,9 @@ def steps_of_one_process(rank, world_size, port, accum_steps, path):
     )
     process = common.init_process("cpu")
     args, student, teacher, optimizer, views, crops = setup_step(["--accum_steps", str(accum_steps)])
-    network, loss, meter = student, DINOLoss(16), common.Meter(process, 100)
+    network, loss, meter = student, DINOLoss(16), common.Meter(process, 1000)
     if world_size > 1:
-        student = torch.nn.parallel.DistributedDataParallel(student, broadcast_buffers=False)
+        student = torch.nn.parallel.DistributedDataParallel(student)
     share = [
         ([crop.chunk(accum_steps)[a].chunk(world_size)[rank] for crop in step], [f"file of {rank}"])
         for step in crops
