@@ -11,7 +11,11 @@ PY := .venv/bin/python
 
 demo: .venv/.installed
 	$(PY) demo/scenes.py --output_dir demo/data
-	$(PY) dino_mc.py --data_path demo/data/train --output_dir demo/output DEMOFLAGS
+	$(PY) dino_mc.py --data_path demo/data/train --output_dir demo/output \
+		--arch test_resnet --img_size 64 --local_crops_number 2 \
+		--batch_size_per_gpu 32 --epochs 12 --warmup_epochs 1 --lr 8e-3 --weight_decay_end 0.1 --drop_path 0 \
+		--momentum_teacher 0.98 --teacher_temp 0.03 \
+		--out_dim 1024 --use_bn_in_head --freeze_last_layer 0
 	$(PY) eval_knn.py --data_path demo/data --weights demo/output image_stats random --output_dir demo/output
 
 test: .venv/.installed

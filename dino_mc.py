@@ -3,9 +3,9 @@
 J. Wanyan et al., "Extending global-local view alignment for self-supervised learning with remote sensing
 imagery", arXiv 2303.06670. Builds on DINO (M. Caron et al., ICCV 2021), which is `--mode dino` here.
 
-    # try it on a CPU, on scenes drawn by demo/scenes.py (`make demo` does all of this)
-    python dino_mc.py --data_path demo/data/train --output_dir demo/output --arch resnet18 --img_size 64 \
-        --out_dim 4096 --epochs 10 --warmup_epochs 1 --batch_size_per_gpu 64
+    # a short run on a CPU; `make demo` draws the images first, and measures the result
+    python dino_mc.py --data_path demo/data/train --output_dir OUT --arch resnet18 --img_size 64 \
+        --out_dim 1024 --use_bn_in_head --lr 8e-3 --momentum_teacher .98 --epochs 12 --warmup_epochs 1
     # one GPU: ViT-S/16 on any folder of images, labelled or not
     python dino_mc.py --data_path IMAGES --output_dir OUT --batch_size_per_gpu 128
     # several GPUs; DINO-TP on one folder per location, holding its dates
@@ -107,7 +107,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--norm_last_layer", action=yes_no, default=True, help="keep the prototypes' gain at 1; without it "
         "training may be better, or unstable")
     add("--use_bn_in_head", action=yes_no, default=False, help="BatchNorm in the head; helps short runs")
-    add("--momentum_teacher", type=float, default=0.996, help="start of its cosine to 1; .9 for short runs")
+    add("--momentum_teacher", type=float, default=0.996, help="start of its cosine to 1; .98 for short runs")
     add("--student_temp", type=float, default=0.1, help="tau_s; seldom changed")
     add("--teacher_temp", type=float, default=0.04, help="tau_t after its warm-up; lower if the loss stays "
         "at ln K, unstable above .07")
@@ -128,7 +128,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw", help="sgd, lars: for ResNets")
     add("--lr", type=float, default=5e-4, help="at an effective batch of 256; scaled linearly to the actual")
     add("--min_lr", type=float, default=1e-6, help="at the end of its cosine; not scaled")
-    add("--warmup_epochs", type=float, default=10, help="of the learning rate; fewer for short runs, such as .5")
+    add("--warmup_epochs", type=float, default=10, help="of the learning rate; less for short runs")
     add("--weight_decay", type=float, default=0.04, help="at the start; 1e-4 with sgd")
     add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
     add("--clip_grad", type=float, default=3.0, help="greatest norm of each tensor's gradient; 0: off")

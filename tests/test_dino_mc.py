@@ -609,3 +609,36 @@ def test_finished_run_says_so(train, tmp_path, capsys):
     train(tmp_path, "--max_steps", "2")
     train(tmp_path, "--max_steps", "2")
     assert "2 steps done" in capsys.readouterr().out
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_training_on_a_gpu_resumes(train, tmp_path, amp):
+    flags = ["--device", "cuda", "--amp", amp, "--log_every", "1", "--max_steps"]
+    train(tmp_path, *flags, "2")
+    saved = train(tmp_path, *flags, "4")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert saved["step"] == 4 and all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_colour_on_a_gpu_is_that_of_the_cpu():
+    views = views_of("mc", (20, 16, 16))
+    crops = [torch.randint(256, (8, 3, view.size, view.size), dtype=torch.uint8) for view in views]
+    cpu, gpu = (
+        dino_mc.color_views(
+            [crop.to(device) for crop in crops],
+            views,
+            common.IMAGENET_MEAN,
+            common.IMAGENET_STD,
+            torch.Generator().manual_seed(0),
+        )
+        for device in ("cpu", "cuda")
+    )
+    for a, b in zip(cpu, gpu, strict=True):
+        torch.testing.assert_close(b.cpu(), a, atol=1e-3, rtol=0)
