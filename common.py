@@ -492,13 +492,18 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
     timm resamples position embeddings and patch projections of another size; all else of another shape counts
     as missing. Fails when under 90 % of the backbone's tensors are filled, unless `allow_partial`.
     """
-    resample = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     own = backbone.state_dict()
-    try:
-        state = resample(state, backbone) if resample else state
-    except Exception:  # keys or shapes of quite another model: the count below says so
-        pass
-    fitting = {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+
+    def fit(state: dict) -> dict:
+        return {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+
+    fitting, resample = fit(state), getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if len(fitting) < len(own) and resample:
+        try:
+            state = resample(state, backbone)
+            fitting = fit(state)
+        except Exception:  # keys or shapes of quite another model: the count below says so
+            pass
     report = f"{source}: {len(fitting)} of {len(own)} tensors loaded"
     for what, all_names in (("missing", own), ("not used", state)):
         names = all_names.keys() - fitting.keys()
