@@ -495,9 +495,10 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
     own = backbone.state_dict()
 
     def fit(state: dict) -> dict:
-        return {name: value for name, value in state.items() if name in own and value.shape == own[name].shape}
+        return {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
 
-    fitting, resample = fit(state), getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    fitting = fit(state)
+    resample = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if len(fitting) < len(own) and resample:
         try:
             state = resample(state, backbone)
