@@ -251,7 +251,7 @@ def prepare(name: str, state: dict, info: dict,
     img_size = args.img_size or info.get("img_size") or 224
     mean, std = info.get("mean", common.IMAGENET_MEAN), info.get("std", common.IMAGENET_STD)
     if name == "image_stats":
-        return ImageStats(), img_size, (0.0,) * 3, (1.0,) * 3, None, "image_stats: of each channel"
+        return ImageStats(), img_size, (0.0,) * 3, (1.0,) * 3, None, "image_stats: mean and std"
     arch = args.arch or info.get("arch")
     if arch is None:
         common.fail(f"--weights {name}: give its --arch")
