@@ -177,16 +177,23 @@ def test_adjustments_match_torchvision(images, name, factors):
 
 
 def test_color_jitter_applies_each_samples_own_factors_in_its_own_order(images):
-    where, factors, order = common.draw_color_jitter(
-        (0.8, 0.8, 0.8, 0.2), torch.full((8,), 0.6), generator(3)
-    )
-    assert 0 < where.sum() < 8 and len({tuple(row) for row in order.tolist()}) > 2
+    images = torch.cat([images, torch.rand(24, 3, 20, 24, generator=generator(1))])
+    strength = (0.8, 0.8, 0.8, 0.2)
+    where, factors, order = common.draw_color_jitter(strength, torch.full((32,), 0.7), generator(3))
+    assert 0 < where.sum() < 32
     ours = common.color_jitter(images.clone(), where, factors, order)
     operations = [TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue]
-    for i, image in enumerate(images):
-        for kind in order[i].tolist() if where[i] else []:
+
+    def reference(i, kinds):
+        image = images[i]
+        for kind in kinds if where[i] else []:
             image = operations[kind](image, factors[i, kind].item())
-        torch.testing.assert_close(ours[i], image, atol=1e-3, rtol=0)
+        return image
+
+    for i in range(32):
+        torch.testing.assert_close(ours[i], reference(i, order[i].tolist()), atol=1e-3, rtol=0)
+    in_one_order = [(ours[i] - reference(i, range(4))).abs().max() > 0.1 for i in range(32)]
+    assert sum(in_one_order) >= 5  # so the order is seen in the result
 
 
 def test_color_jitter_draws_cover_the_range_and_differ_by_sample():
@@ -270,6 +277,9 @@ def test_exported_backbone_gives_the_same_features_through_timm(tmp_path, arch, 
     assert torch.equal(loaded(x), backbone(x))
     config = {key: list(loaded.pretrained_cfg[key]) for key in ("mean", "std", "input_size")}
     assert config == {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "input_size": [3, 64, 64]}
+    tuned = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=7).eval()
+    torch.testing.assert_close(tuned.forward_head(tuned.forward_features(x), pre_logits=True), backbone(x))
+    assert tuned(x).shape == (2, 7)
     state, info = common.read_weights(str(tmp_path))
     assert info["arch"] == arch and info["patch_size"] == patch and info["img_size"] == 64
     assert state.keys() == backbone.state_dict().keys()
