@@ -583,6 +583,20 @@ def feature_width(backbone: nn.Module, sizes: Sequence[int], multiple: int) -> i
     return features.shape[1]
 
 
+def build_networks(args: argparse.Namespace) -> tuple[Network, Network, list[View]]:
+    """Student, teacher and the views they take; the same initial weights in all processes, from --seed."""
+    torch.manual_seed(args.seed)
+    backbone = common.build_backbone(args.arch, args.img_size, args.patch_size, args.drop_path)
+    multiple = common.patch_multiple(backbone)
+    sizes = local_sizes(args.mode, args.img_size, args.local_crops_number, args.local_crops_size, multiple)
+    views = make_views(args.mode, args.img_size, sizes, args.global_crops_scale, args.local_crops_scale)
+    D = feature_width(backbone, [args.img_size, *sizes], multiple)
+    head = DINOHead(D, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
+    teacher_backbone = common.build_backbone(args.arch, args.img_size, args.patch_size)  # no drop path
+    teacher = Network(teacher_backbone, copy.deepcopy(head), multiple).requires_grad_(False)
+    return Network(backbone, head, multiple), teacher, views
+
+
 def main() -> None:
     """Sets everything up, resumes what was begun, trains, and writes."""
     parser = get_parser()
@@ -605,20 +619,9 @@ def main() -> None:
     total_steps = args.epochs * steps_per_epoch
     end_step = min(total_steps, args.max_steps or total_steps)
 
-    # Networks: the same initial weights in all processes; the teacher starts as the student
-    torch.manual_seed(args.seed)
-    backbone = common.build_backbone(args.arch, args.img_size, args.patch_size, args.drop_path)
-    multiple = common.patch_multiple(backbone)
-    sizes = local_sizes(args.mode, args.img_size, args.local_crops_number, args.local_crops_size, multiple)
-    views = make_views(args.mode, args.img_size, sizes, args.global_crops_scale, args.local_crops_scale)
-    D = feature_width(backbone, [args.img_size, *sizes], multiple)
-    head = DINOHead(D, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
-    network = Network(backbone, head, multiple)
-    teacher_backbone = common.build_backbone(args.arch, args.img_size, args.patch_size)
-    teacher = Network(teacher_backbone, copy.deepcopy(head), multiple).requires_grad_(False)
+    # Networks and state: resumed, or started, and then the teacher starts as the student
+    network, teacher, views = build_networks(args)
     dino_loss = DINOLoss(args.out_dim, args.student_temp).to(process.device)
-
-    # Resume, or start
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
     saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
     if args.init and not saved:
@@ -629,7 +632,7 @@ def main() -> None:
     teacher.load_state_dict(network.state_dict())
     for model in (network, teacher):
         model.to(process.device)
-        if process.device.type == "cuda" and not hasattr(backbone, "patch_embed"):
+        if process.device.type == "cuda" and not hasattr(model.backbone, "patch_embed"):
             model.to(memory_format=torch.channels_last)
     if process.world_size > 1 and process.device.type == "cuda":
         network, teacher = (timm.layers.convert_sync_batchnorm(model) for model in (network, teacher))

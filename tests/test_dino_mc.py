@@ -605,6 +605,13 @@ def test_init_starts_the_backbone_from_our_own_output(train, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "lars"])
+def test_other_optimizers(train, tmp_path, optimizer):
+    train(tmp_path, "--optimizer", optimizer, "--max_steps", "1")
+    group = train(tmp_path, "--optimizer", optimizer, "--max_steps", "2")["optimizer"]["param_groups"][0]
+    assert group["momentum"] == 0.9 and not group["nesterov"]
+
+
 def test_finished_run_says_so(train, tmp_path, capsys):
     train(tmp_path, "--max_steps", "2")
     train(tmp_path, "--max_steps", "2")
