@@ -1,5 +1,6 @@
 """Fixtures: small scene images, and the scripts run inside this process."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import dino_mc
 import eval_knn
 from demo.scenes import write_dataset
 
-torch.set_num_threads(1)  # the models are so small that threads only wait for each other
+# One thread, here and in the processes the tests start: results are equal to the last bit only for equal numbers of
+# threads, and the models are so small that threads would only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 # What a tiny run of dino_mc needs; `test_vit` and `test_resnet` are timm's own miniature models.
 TINY = [
