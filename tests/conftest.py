@@ -13,8 +13,8 @@ import dino_mc
 import eval_knn
 from demo.scenes import write_dataset
 
-# One thread, here and in the processes the tests start: results are equal to the last bit only for equal numbers of
-# threads, and the models are so small that threads would only wait for each other.
+# One thread, here and in the processes that tests start: runs are equal to the last bit only with equal
+# numbers of threads, and the models are so small that threads would only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
