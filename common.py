@@ -134,9 +134,9 @@ def list_images(root: str | Path, exclude: str | Path | None = None) -> list[str
     """Paths of all images below `root`, links followed, but not in folder `exclude`; sorted."""
     if not os.path.isdir(root):
         fail(f"--data_path {root}: no such folder")
-    paths = []
+    paths, excluded = [], os.path.realpath(exclude) if exclude else None
     for folder, _, names in os.walk(root, followlinks=True):
-        if exclude and os.path.realpath(folder) == os.path.realpath(exclude):
+        if excluded and os.path.realpath(folder) == excluded:
             continue
         paths += [os.path.join(folder, name) for name in names
                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]

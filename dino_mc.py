@@ -294,8 +294,8 @@ def color_views(crops: list[Tensor], views: list[View], mean: Sequence[float], s
 
     groups = []
     # Within a kind (global, local) the strength of the jitter is the same; the probabilities differ by view.
-    kind_and_size = lambda pair: (pair[1].for_teacher, pair[1].size)  # noqa: E731
-    for _, members in groupby(zip(crops, views, strict=True), key=kind_and_size):
+    pairs = zip(crops, views, strict=True)
+    for _, members in groupby(pairs, key=lambda pair: (pair[1].for_teacher, pair[1].size)):
         crops_of_group, views_of_group = zip(*members, strict=True)
         x = torch.cat(crops_of_group).float() / 255
         p = per_sample(view.p_jitter for view in views_of_group)

@@ -316,7 +316,7 @@ def main() -> None:
     borrowed = {}, next((info for _, info in sources.values()), {})
     prepared = [prepare(name, *sources.get(name, borrowed), args) for name in args.weights]
 
-    lines = []
+    lines, versions = [], common.versions()
     for name, (backbone, img_size, mean, std, arch, report) in zip(args.weights, prepared, strict=True):
         began = time.perf_counter()
         if process.is_main:
@@ -325,7 +325,7 @@ def main() -> None:
         lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
                       "patch_size": args.patch_size, "data": args.data_path, "split": split,
                       "img_size": img_size, "temperature": args.temperature, "seed": args.seed, **result,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
+                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
     if process.is_main:
         print_table(lines, classes)
         text = "".join(json.dumps(line) + "\n" for line in lines)

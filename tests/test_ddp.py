@@ -12,10 +12,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import TINY, TINY_VIT, assert_same, launch
 from test_cli import wait_for
+from test_dino_mc import train_two_steps
 
 import common
-import dino_mc
-from dino_mc import DINOLoss
 
 
 def free_port():
@@ -26,9 +25,6 @@ def free_port():
 
 def steps_of_one_process(rank, world_size, port, accum_steps, path):
     """Two steps of training on this process's share of a fixed batch; the main one saves the result."""
-    from test_dino_mc import schedule, setup_step
-
-    torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -37,38 +33,14 @@ def steps_of_one_process(rank, world_size, port, accum_steps, path):
         MASTER_PORT=str(port),
     )
     process = common.init_process("cpu")
-    args, student, teacher, optimizer, views, crops = setup_step(["--accum_steps", str(accum_steps)])
-    network, loss, meter = student, DINOLoss(16), common.Meter(process, 1000)
-    if world_size > 1:
-        student = torch.nn.parallel.DistributedDataParallel(student)
-    share = [
-        ([crop.chunk(accum_steps)[a].chunk(world_size)[rank] for crop in step], [f"file of {rank}"])
-        for step in crops
-        for a in range(accum_steps)
-    ]
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    dino_mc.train_one_epoch(
-        1,
-        range(1, 3),
-        iter(share),
-        student,
-        teacher,
-        loss,
-        optimizer,
-        scaler,
-        schedule,
-        views,
-        args,
-        process,
-        meter,
-        lambda step, values, figures: False,
-    )
+    flags = ["--accum_steps", str(accum_steps)]
+    student, teacher, loss, meter, _ = train_two_steps(flags, process=process)
     summary = meter.summary(2, 8)
     flags = common.agree(process, rank == 1, rank == 5)
     if process.is_main:
         torch.save(
             {
-                "student": network.state_dict(),
+                "student": student.state_dict(),
                 "teacher": teacher.state_dict(),
                 "center": loss.center,
                 "loss": summary["loss"],

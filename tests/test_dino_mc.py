@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TINY, TINY_VIT, assert_same
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode
 
 import common
@@ -385,23 +386,29 @@ def schedule(step):
     return {"lr": 1e-3 * (step + 1), "weight_decay": 0.1 + 0.1 * step, "momentum": 0.9 + 0.05 * step}
 
 
-def train(flags, epoch=1, process=ALONE):
-    args, student, teacher, optimizer, views, crops = setup_step(flags)
-    loss = DINOLoss(16)
-    micro = [
-        ([c.chunk(args.accum_steps)[a] for c in step], []) for step in crops for a in range(args.accum_steps)
+def train_two_steps(flags, epoch=1, process=ALONE):
+    """Runs train_one_epoch on this process's share of the fixed batches."""
+    args, network, teacher, optimizer, views, crops = setup_step(flags)
+    loss, meter, seen = DINOLoss(16), common.Meter(process, 1000), []
+    student = network if process.world_size == 1 else DistributedDataParallel(network)
+    share = [
+        (
+            [c.chunk(args.accum_steps)[a].chunk(process.world_size)[process.rank] for c in step],
+            [f"file of {process.rank}"],
+        )
+        for step in crops
+        for a in range(args.accum_steps)
     ]
-    seen, meter = [], common.Meter(process, 100)
 
-    def after_step(step, values, figures):
-        seen.append((step, values | figures()))
+    def after_step(step, values, compute_health):
+        seen.append((step, values | compute_health()))
         return False
 
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     dino_mc.train_one_epoch(
         epoch,
         range(1, 3),
-        iter(micro),
+        iter(share),
         student,
         teacher,
         loss,
@@ -414,7 +421,7 @@ def train(flags, epoch=1, process=ALONE):
         meter,
         after_step,
     )
-    return student, teacher, loss, meter, seen
+    return network, teacher, loss, meter, seen
 
 
 def naive_training(epoch):
@@ -458,7 +465,7 @@ def naive_training(epoch):
 @pytest.mark.parametrize("epoch", [0, 1])
 def test_steps_equal_plain_loops(epoch):
     """Loss, clipping, frozen prototypes, AdamW with scheduled decay, centre and teacher, over two steps."""
-    student, teacher, loss, meter, _ = train(["--drop_path", "0"], epoch)
+    student, teacher, loss, meter, _ = train_two_steps(["--drop_path", "0"], epoch)
     expected_student, expected_teacher, center, losses = naive_training(epoch)
     torch.testing.assert_close(torch.stack([terms["loss"] for terms in meter.terms]), torch.tensor(losses))
     torch.testing.assert_close(loss.center, center, atol=1e-6, rtol=1e-4)
@@ -472,8 +479,8 @@ def test_steps_equal_plain_loops(epoch):
 def test_prototypes_rest_in_the_first_epochs():
     _, fresh, _, _, _, _ = setup_step([])
     before = fresh.head.last_layer.parametrizations.weight.original1
-    frozen, _, _, _, _ = train([], epoch=0)
-    moved, _, _, _, _ = train([], epoch=1)
+    frozen, _, _, _, _ = train_two_steps([], epoch=0)
+    moved, _, _, _, _ = train_two_steps([], epoch=1)
     assert torch.equal(frozen.head.last_layer.parametrizations.weight.original1, before)
     assert not torch.equal(moved.head.last_layer.parametrizations.weight.original1, before)
     for student in (frozen, moved):  # the gain is not trained
@@ -481,8 +488,8 @@ def test_prototypes_rest_in_the_first_epochs():
 
 
 def test_accumulation_equals_the_large_batch():
-    whole = train([])
-    parts = train(["--accum_steps", "4"])
+    whole = train_two_steps([])
+    parts = train_two_steps(["--accum_steps", "4"])
     for a, b in zip(whole[:2], parts[:2], strict=True):
         for (name, p), q in zip(a.named_parameters(), b.parameters(), strict=True):
             torch.testing.assert_close(
@@ -497,7 +504,7 @@ def test_accumulation_equals_the_large_batch():
 
 
 def test_no_gradient_reaches_the_teacher():
-    student, teacher, _, _, _ = train([])
+    student, teacher, _, _, _ = train_two_steps([])
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert any(not torch.equal(p, q) for p, q in zip(teacher.parameters(), student.parameters(), strict=True))
 
