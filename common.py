@@ -8,6 +8,7 @@ import argparse
 import atexit
 import difflib
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -407,9 +408,12 @@ def build_backbone(arch: str, img_size: int, patch_size: int | None = None,
     own = {"patch_size": patch_size} if patch_size else {}
     # Swin takes strict_img_size, ViT dynamic_img_size, convolutional nets neither.
     sized = {"img_size": img_size, **own}
-    for model_args in ({"strict_img_size": False, **sized}, {"dynamic_img_size": True, **sized}, own):
+    # 0 is given too, because Swin's own default is .1; a net that takes no rate has none.
+    rates = [{"drop_path_rate": drop_path}] + [{}] * (drop_path == 0)
+    variants = ({"strict_img_size": False, **sized}, {"dynamic_img_size": True, **sized}, own)
+    for model_args, rate in itertools.product(variants, rates):
         try:
-            backbone = timm.create_model(arch, num_classes=0, drop_path_rate=drop_path or None, **model_args)
+            backbone = timm.create_model(arch, num_classes=0, **rate, **model_args)
             backbone.model_args = model_args
             return backbone
         except TypeError as error:  # an argument this model does not have
@@ -428,7 +432,7 @@ def read_weights(source: str, checkpoint_key: str | None = None,
 
     Args:
         source: what the user gave.
-        checkpoint_key: the entry of a checkpoint to take; None: the teacher of ours, else what is there.
+        checkpoint_key: the entry of a checkpoint to take; None: the network that its run exports.
         flag: the flag to name in errors.
 
     Returns:
@@ -471,9 +475,11 @@ def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict
     except Exception as error:
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
-    info = {name: args[name] for name in ("arch", "patch_size", "img_size", "mean", "std")} if args else {}
+    known = ("arch", "patch_size", "img_size", "mean", "std")
+    info = {name: args.get(name) for name in known} if args else {}
     if key is None:
-        key = next((name for name in ("teacher", "state_dict", "model") if name in checkpoint), None)
+        usual = ("teacher", "encoder_q", "state_dict", "model")
+        key = next((name for name in usual if name in checkpoint), None)
     elif key not in checkpoint:
         fail(f"--checkpoint_key {key}: {path} has {', '.join(map(str, list(checkpoint)[:12]))}")
     state = checkpoint[key] if key else checkpoint
@@ -699,13 +705,20 @@ class Meter:
         return batch
 
     def end_step(self, terms: dict[str, Tensor]) -> None:
-        """Adds the loss terms of one optimizer step, scalars without gradient."""
+        """Adds the loss terms of one optimizer step, scalars or 1-D, without gradient."""
         self.terms.append(terms)
 
-    def summary(self, step: int, effective_batch: int) -> dict[str, float]:
+    def summary(self, step: int, effective_batch: int) -> dict[str, float | list[float]]:
         """Means over steps and processes since the last call; fails where the run must not go on."""
-        names = list(self.terms[0])
-        table = torch.stack([torch.stack(list(terms.values())) for terms in self.terms]).float().cpu()
+        shapes = {name: value.shape for name, value in self.terms[0].items()}
+        sizes = [shape.numel() for shape in shapes.values()]
+        rows = [torch.cat([value.flatten() for value in terms.values()]) for terms in self.terms]
+        table = torch.stack(rows).float().cpu()  # steps x terms
+
+        def named(row: Tensor) -> dict[str, float | list[float]]:
+            parts = zip(shapes.items(), row.split(sizes), strict=True)
+            return {name: part.view(shape).tolist() for (name, shape), part in parts}
+
         unreadable = self.unreadable
         if self.process.world_size > 1:
             dist.all_reduce(table, group=self.process.cpu_group)
@@ -715,13 +728,13 @@ class Meter:
             unreadable = set().union(*everywhere)
         if not table.isfinite().all():
             row = int((~table.isfinite()).any(1).nonzero()[0])
-            terms = dict(zip(names, table[row].tolist(), strict=True))
+            terms = named(table[row])
             step -= len(table) - row - 1
             fail(f"step {step}: not finite: {terms}; the last checkpoint stays. Try a lower --lr", code=1)
         if len(unreadable) > 0.01 * self.images:
             fail(f"{len(unreadable)} of {self.images} images unreadable, over 1 %: {min(unreadable)}", 1)
         per_step = (time.perf_counter() - self.began) / len(table)
-        result = dict(zip(names, table.mean(0).tolist(), strict=True))
+        result = named(table.mean(0))
         result.update(images_per_s=effective_batch / per_step, step_seconds=per_step,
                       data_seconds=self.waited / len(table), unreadable=len(unreadable))
         self.restart()
@@ -756,8 +769,10 @@ class RunLog:
             return
         with open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        words = [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-                 for name, value in values.items()]
+        words = []
+        for name, value in values.items():
+            numbers = value if isinstance(value, list) else [value]
+            words.append(" ".join([name, *(f"{x:.4g}" if isinstance(x, float) else str(x) for x in numbers)]))
         if self.bar.disable:
             print(f"step {step}/{self.bar.total}", *words, sep="  ", flush=True)
         else:

@@ -11,6 +11,7 @@ import torch
 
 import dino_mc
 import eval_knn
+import mhcl
 from demo.scenes import write_dataset
 
 # One thread, here and in the processes that tests start: runs are equal to the last bit only with equal
@@ -18,26 +19,20 @@ from demo.scenes import write_dataset
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
-# What a tiny run of dino_mc needs; `test_vit` and `test_resnet` are timm's own miniature models.
-TINY = [
-    "--img_size",
-    "32",
-    "--out_dim",
-    "64",
-    "--batch_size_per_gpu",
-    "4",
-    "--local_crops_number",
-    "2",
-    "--epochs",
-    "3",
-    "--warmup_epochs",
-    "1",
-    "--num_workers",
-    "0",
-    "--device",
-    "cpu",
-]
-TINY_VIT = ["--arch", "test_vit", "--patch_size", "8"]
+# What a tiny run needs; `test_vit` and `test_resnet` are timm's own miniature models.
+SMALL = "--img_size 32 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1".split()
+SMALL += ["--num_workers", "0", "--device", "cpu"]
+METHOD = {
+    "dino_mc": "--out_dim 64 --local_crops_number 2".split(),
+    "mhcl": "--moco_k 16 --bn_groups 2".split(),
+}
+ARCH = {"dino_mc": "--arch test_vit --patch_size 8".split(), "mhcl": "--arch test_resnet".split()}
+TRAINING = list(METHOD)
+
+
+def tiny(script, *flags):
+    """Flags of a tiny run of a training script; `flags` win."""
+    return [*SMALL, *METHOD[script], *([] if "--arch" in flags else ARCH[script]), *flags]
 
 
 @pytest.fixture(scope="session")
@@ -59,7 +54,7 @@ def run(monkeypatch):
     }
 
     def main(script, *flags):
-        module = {"dino_mc": dino_mc, "eval_knn": eval_knn}[script]
+        module = {"dino_mc": dino_mc, "mhcl": mhcl, "eval_knn": eval_knn}[script]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         try:
             module.main()
@@ -72,19 +67,10 @@ def run(monkeypatch):
 
 @pytest.fixture
 def train(run, scenes):
-    """A tiny dino_mc run; returns its checkpoint."""
+    """A tiny run of a training script; returns its checkpoint."""
 
-    def main(out, *flags, data="train"):
-        run(
-            "dino_mc",
-            "--data_path",
-            scenes / data,
-            "--output_dir",
-            out,
-            *TINY,
-            *([] if "--arch" in flags else TINY_VIT),
-            *flags,
-        )
+    def main(out, *flags, script="dino_mc", data="train"):
+        run(script, "--data_path", scenes / data, "--output_dir", out, *tiny(script, *flags))
         return torch.load(Path(out) / "checkpoint.pth", weights_only=True)
 
     return main
@@ -122,3 +108,9 @@ def assert_same(a, b, path=""):
             assert_same(x, y, f"{path}[{i}]")
     else:
         assert a == b, path
+
+
+def assert_same_state(a, b):
+    """Two checkpoints hold the same run at the same step; their flags and versions may differ."""
+    for part in a.keys() - {"args", "versions"}:
+        assert_same(a[part], b[part], part)

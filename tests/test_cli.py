@@ -13,12 +13,13 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, TINY_VIT, assert_same, launch
+from conftest import ROOT, TRAINING, assert_same_state, launch, tiny
 
 import dino_mc
 import eval_knn
+import mhcl
 
-SCRIPTS = {"dino_mc": dino_mc, "eval_knn": eval_knn}
+SCRIPTS = {"dino_mc": dino_mc, "mhcl": mhcl, "eval_knn": eval_knn}
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "demo/scenes"])
@@ -59,34 +60,14 @@ BAD_TRAINING = [
     (["--data_path", "EMPTY"], "no image in it"),
     (["--data_path", "BROKEN"], "none of the images looked at is readable"),
     (["--arch", "resnet19"], "--arch resnet19: timm has no such model; close: resnet1"),
-    (
-        ["--arch", "test_resnet", "--patch_size", "8"],
-        "--arch test_resnet: cannot be built with --patch_size 8",
-    ),
-    (
-        ["--batch_size_per_gpu", "31"],
-        "--batch_size_per_gpu 31: the effective batch, 31, is larger than the data, 30",
-    ),
+    (["--batch_size_per_gpu", "31"], "31: the effective batch, 31, is larger than the data, 30"),
     (["--batch_size_per_gpu", "8", "--accum_steps", "4"], "the effective batch, 32, is larger"),
     (["--img_size", "64"], "--img_size 64: most images are smaller; use 48,"),
-    (["--img_size", "30"], "--img_size 30: must be a multiple of the patch, 8"),
-    (
-        ["--local_crops_size", "40"],
-        "--local_crops_size 40: must be between the patch, 8, and --img_size, 32",
-    ),
-    (["--local_crops_size", "4"], "--local_crops_size 4: must be"),
-    (["--local_crops_size", "8", "8", "8"], "--local_crops_size: one side or 2"),
-    (["--local_crops_number", "7"], "--local_crops_number 7: mode mc has 6 sizes"),
     (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs 2.0: must be less than --epochs 2"),
-    (["--global_crops_scale", "0.5", "0.2"], "--global_crops_scale 0.5 0.2: must be 0 < low <= high <= 1"),
-    (["--mode", "tp", "--one_date_per_location"], "--one_date_per_location: only with --mode mc or dino"),
-    (["--mode", "tp", "--data_path", "SINGLE"], "every folder has one image"),
-    (["--mode", "cm"], "argument --mode: invalid choice: 'cm'"),
     (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
     (["--lr", "0"], "--lr 0.0: must be above 0"),
     (["--lr", "nan"], "--lr nan: must be above 0"),
     (["--epochs", "-1"], "--epochs -1: must be above 0"),
-    (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5: must be between 0 and 1"),
     (["--num_workers", "-1"], "--num_workers -1: must be at least 0"),
     (["--std", "1", "0", "1"], "--std 1.0 0.0 1.0: must be above 0"),
     (["--device", "cuda"], "--device cuda: this machine has none"),
@@ -97,6 +78,39 @@ BAD_TRAINING = [
     (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
     (["--output_dir", "/dev/null/x"], "--output_dir /dev/null/x: cannot be written to"),
 ]
+BAD_METHOD = {
+    "dino_mc": [
+        (["--arch", "test_resnet", "--patch_size", "8"], "test_resnet: cannot be built with --patch_size 8"),
+        (["--img_size", "30"], "--img_size 30: must be a multiple of the patch, 8"),
+        (["--local_crops_size", "40"], "40: must be between the patch, 8, and --img_size, 32"),
+        (["--local_crops_size", "4"], "--local_crops_size 4: must be"),
+        (["--local_crops_size", "8", "8", "8"], "--local_crops_size: one side or 2"),
+        (["--local_crops_number", "7"], "--local_crops_number 7: mode mc has 6 sizes"),
+        (["--global_crops_scale", "0.5", "0.2"], "0.5 0.2: must be 0 < low <= high <= 1"),
+        (["--mode", "tp", "--one_date_per_location"], "--one_date_per_location: only with --mode mc or dino"),
+        (["--mode", "tp", "--data_path", "SINGLE"], "every folder has one image"),
+        (["--mode", "cm"], "argument --mode: invalid choice: 'cm'"),
+        (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5: must be between 0 and 1"),
+    ],
+    "mhcl": [
+        (["--moco_k", "30"], "--moco_k 30: must be a multiple of the effective batch, 4"),
+        (["--moco_k", "20", "--accum_steps", "2"], "must be a multiple of the effective batch, 8"),
+        (["--arch", "test_vit"], "--arch test_vit: has no four stages to contrast"),
+        (["--arch", "densenet121"], "--arch densenet121: has no four stages to contrast"),
+        (["--arch", "test_efficientnet"], "gives no features of 4 stages for 32 px"),
+        (
+            ["--arch", "swin_tiny_patch4_window7_224", "--img_size", "30"],
+            "must be a multiple of the patch, 4",
+        ),
+        (["--batch_size_per_gpu", "5"], "5: BatchNorm wants 2 equal groups of 2 images or more"),
+        (["--bn_groups", "4"], "--batch_size_per_gpu 4: BatchNorm wants 4 equal groups of 2"),
+        (["--moco_m", "1.01"], "--moco_m 1.01: must be between 0 and 1"),
+        (["--a", "0"], "--a 0.0: must be above 0"),
+        (["--b", "-1"], "--b -1.0: must be above 0"),
+        (["--moco_t", "0"], "--moco_t 0.0: must be above 0"),
+    ],
+}
+BAD = [(script, *bad) for script in TRAINING for bad in BAD_TRAINING + BAD_METHOD[script]]
 
 
 @pytest.fixture(scope="session")
@@ -123,19 +137,13 @@ def refused(run, capsys, script, flags, message, code=2):
     assert "step" not in captured.out
 
 
-@pytest.mark.parametrize("flags, message", BAD_TRAINING, ids=[" ".join(flags) for flags, _ in BAD_TRAINING])
+@pytest.mark.parametrize("script, flags, message", BAD, ids=[f"{bad[0]} {' '.join(bad[1])}" for bad in BAD])
 def test_bad_training_input_is_one_line_before_any_work(
-    run, capsys, scenes, places, tmp_path, flags, message
+    run, capsys, scenes, places, tmp_path, script, flags, message
 ):
     flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
-    model = [] if "--arch" in flags else TINY_VIT
-    refused(
-        run,
-        capsys,
-        "dino_mc",
-        ["--data_path", scenes / "train", "--output_dir", tmp_path / "out", *TINY, *model, *flags],
-        message,
-    )
+    base = ["--data_path", scenes / "train", "--output_dir", tmp_path / "out"]
+    refused(run, capsys, script, [*base, *tiny(script, *flags)], message)
     assert not (tmp_path / "out" / "checkpoint.pth").exists()
 
 
@@ -191,7 +199,7 @@ def test_bad_evaluation_input_is_one_line(run, capsys, scenes, places, tmp_path,
 def test_changed_flags_on_resume_are_named(train, run, capsys, scenes, tmp_path):
     train(tmp_path, "--max_steps", "1")
     capsys.readouterr()
-    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *TINY, *TINY_VIT]
+    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny("dino_mc")]
     refused(
         run,
         capsys,
@@ -239,7 +247,7 @@ def test_one_unreadable_image_is_skipped_and_many_stop_the_run(run, capsys, scen
         for path in (scenes / "train").rglob("*.png"):
             shutil.copy(path, flat / f"{copy}_{path.name}")
     (flat / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    base = ["--data_path", flat, *TINY, *TINY_VIT, "--epochs", "2", "--log_every", "10"]
+    base = ["--data_path", flat, *tiny("dino_mc"), "--epochs", "2", "--log_every", "10"]
     run("dino_mc", *base, "--output_dir", tmp_path / "out", "--max_steps", "60")
     captured = capsys.readouterr()
     assert captured.err.count("warning: unreadable") == 1 and "bad.jpg" in captured.err
@@ -255,19 +263,20 @@ def test_one_unreadable_image_is_skipped_and_many_stop_the_run(run, capsys, scen
 def test_output_inside_the_data_is_no_data(run, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes / "train", data)
-    base = ["--data_path", data, "--output_dir", data / "out", *TINY, *TINY_VIT]
+    base = ["--data_path", data, "--output_dir", data / "out", *tiny("dino_mc")]
     for steps in (1, 2):
         run("dino_mc", *base, "--max_steps", steps)
     assert torch.load(data / "out" / "checkpoint.pth", weights_only=True)["images"] == 30
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path):
-    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *TINY, *TINY_VIT, "--log_every", "1"]
+@pytest.mark.parametrize("script, flags", [("dino_mc", ["--clip_grad", "0"]), ("mhcl", [])])
+def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path, script, flags):
+    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny(script), "--log_every", "1"]
     with pytest.raises(SystemExit) as stop:
-        run("dino_mc", *base, "--lr", "1e30", "--warmup_epochs", "0", "--clip_grad", "0")
+        run(script, *base, "--lr", "1e30", "--warmup_epochs", "0", *flags)
     assert stop.value.code == 1
     error = capsys.readouterr().err
-    assert re.search(r"error: step \d+: not finite: \{'loss': nan\}", error), error
+    assert re.search(r"error: step \d+: not finite: \{'loss': nan", error), error
     assert not (tmp_path / "checkpoint.pth").exists()  # nothing was good yet, and nothing bad is written
 
 
@@ -282,23 +291,18 @@ def wait_for(process, log, step):
     raise AssertionError("no progress")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_signal_writes_a_checkpoint_and_the_run_goes_on(scenes, train, tmp_path, number):
-    base = [
-        "--data_path",
-        scenes / "train",
-        *TINY,
-        *TINY_VIT,
-        "--epochs",
-        "30",
-        "--save_every",
-        "100",
-        "--log_every",
-        "1",
-    ]
-    process = launch(
-        "dino_mc.py", *base, "--output_dir", tmp_path / "a", "--num_workers", "1", start_new_session=True
-    )
+@pytest.mark.parametrize(
+    "script, number",
+    [
+        *((script, signal.SIGTERM) for script in TRAINING),
+        ("dino_mc", signal.SIGUSR1),
+        ("mhcl", signal.SIGINT),
+    ],
+)
+def test_signal_writes_a_checkpoint_and_the_run_goes_on(scenes, train, tmp_path, script, number):
+    flags = tiny(script, "--epochs", "30", "--save_every", "100", "--log_every", "1")
+    base = ["--data_path", scenes / "train", "--output_dir", tmp_path / "a", *flags, "--num_workers", "1"]
+    process = launch(f"{script}.py", *base, start_new_session=True)
     wait_for(process, tmp_path / "a" / "log.jsonl", 3)
     os.killpg(process.pid, number)  # the workers get it too, as under a scheduler or Ctrl-C
     out, err = process.communicate(timeout=60)
@@ -309,22 +313,23 @@ def test_signal_writes_a_checkpoint_and_the_run_goes_on(scenes, train, tmp_path,
         step >= 3 and step == json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[-1])["step"]
     )
     if number == signal.SIGTERM:
-        resumed = train(tmp_path / "a", *base[2:], "--max_steps", str(step + 2))
-        unbroken = train(tmp_path / "b", *base[2:], "--max_steps", str(step + 2))
-        assert_same(resumed["student"], unbroken["student"])
+        resumed, unbroken = (
+            train(tmp_path / name, *flags, "--max_steps", str(step + 2), script=script) for name in "ab"
+        )
+        assert_same_state(resumed, unbroken)
 
 
-def test_killed_run_goes_on_from_its_last_checkpoint(scenes, train, tmp_path):
-    base = ["--data_path", scenes / "train", *TINY, *TINY_VIT, "--epochs", "4", "--log_every", "1"]
+@pytest.mark.parametrize("script", TRAINING)
+def test_killed_run_goes_on_from_its_last_checkpoint(scenes, train, tmp_path, script):
+    flags = tiny(script, "--epochs", "4", "--log_every", "1")
+    base = ["--data_path", scenes / "train", "--output_dir", tmp_path / "a", *flags, "--num_workers", "1"]
     for _ in range(2):
-        process = launch("dino_mc.py", *base, "--output_dir", tmp_path / "a", "--num_workers", "1")
+        process = launch(f"{script}.py", *base)
         wait_for(process, tmp_path / "a" / "log.jsonl", 8 + random.randrange(6))
         process.kill()
         process.communicate()
-    resumed = train(tmp_path / "a", *base[2:])
-    unbroken = train(tmp_path / "b", *base[2:])
-    for part in ("student", "teacher", "optimizer", "dino_loss", "step"):
-        assert_same(resumed[part], unbroken[part])
+    resumed, unbroken = (train(tmp_path / name, *flags, script=script) for name in "ab")
+    assert_same_state(resumed, unbroken)
     steps = [json.loads(line).get("step") for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     steps = [step for step in steps if step]
     assert steps == sorted(set(steps)) and steps[-1] == 28

@@ -8,21 +8,22 @@ from conftest import ROOT
 
 import dino_mc
 import eval_knn
+import mhcl
 
-PARSERS = {"dino_mc.py": dino_mc.get_parser, "eval_knn.py": eval_knn.get_parser}
+SCRIPTS = {"dino_mc.py": dino_mc, "mhcl.py": mhcl, "eval_knn.py": eval_knn}
 
 
 def commands():
     """(source, words after the script's name, script) of each command that starts one of the scripts."""
     found = []
-    for name in ("README.md", *PARSERS):
+    for name in ("README.md", *SCRIPTS):
         text = (ROOT / name).read_text()
         parts = (
             re.findall(r"```bash\n(.*?)```", text, re.S) if name == "README.md" else [text.split('"""')[1]]
         )
         for line in "\n".join(parts).replace("\\\n", " ").splitlines():
             match = re.search(r"python .*?(\w+\.py)\b(.*)", line)
-            if match and match[1] in PARSERS:
+            if match and match[1] in SCRIPTS:
                 found.append(pytest.param(match[1], match[2], id=f"{name}: {line.strip()[:70]}"))
     return found
 
@@ -33,9 +34,9 @@ def test_there_are_commands():
 
 @pytest.mark.parametrize("script, words", commands())
 def test_command_parses(script, words):
-    args = PARSERS[script]().parse_args(shlex.split(words, comments=True))
-    if script == "dino_mc.py":
-        dino_mc.check_args(args)
+    args = SCRIPTS[script].get_parser().parse_args(shlex.split(words, comments=True))
+    if script != "eval_knn.py":
+        SCRIPTS[script].check_args(args)
 
 
 def test_python_of_the_readme_compiles():
@@ -43,9 +44,16 @@ def test_python_of_the_readme_compiles():
         compile(block, "README.md", "exec")
 
 
-def test_symbols_and_flags_of_the_docstrings_exist():
-    flags = {action.dest for action in dino_mc.get_parser()._actions}
-    table = re.search(r"symbol +variable.*?\n\n", dino_mc.__doc__, re.S)[0].splitlines()[1:-1]
-    named = {word for row in table for word in re.findall(r"[a-z]+_[a-z_]+", row)}
-    assert {"out_dim", "student_temp", "momentum_teacher"} <= named
-    assert named - flags == {"vit_small_patch", "tau_s", "tau_t"}
+@pytest.mark.parametrize(
+    "script, some",
+    [
+        ("dino_mc.py", {"out_dim", "student_temp", "momentum_teacher"}),
+        ("mhcl.py", {"moco_k", "moco_t", "moco_m"}),
+    ],
+)
+def test_symbols_and_flags_of_the_docstrings_exist(script, some):
+    flags = {action.dest for action in SCRIPTS[script].get_parser()._actions}
+    table = re.search(r"symbol +variable.*?\n\n", SCRIPTS[script].__doc__, re.S)[0].splitlines()
+    named = {word for row in table[1:] for word in re.findall(r"[a-z]+_[a-z_]+", row)}
+    assert some <= named
+    assert named - flags <= {"vit_small_patch", "tau_s", "tau_t", "hard_q", "hard_k"}

@@ -1,0 +1,549 @@
+import copy
+import json
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from conftest import assert_same, assert_same_state, tiny
+from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
+
+import common
+import mhcl
+from common import Process
+from mhcl import Encoder, MHCLLoss, PairDataset, Shuffle
+
+ALONE = Process(0, 1, torch.device("cpu"), None)
+WEIGHTS = (0.1, 0.4, 0.7, 1, 0.01, 0.04, 0.07, 0.1)  # of the eight rows, from the specification
+
+
+def unit(*shape, seed=0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(x, dim=-1)
+
+
+def make_loss(weights=WEIGHTS, C=6, K=12, t=0.2):
+    torch.manual_seed(3)
+    return MHCLLoss(weights, C, K, t)
+
+
+def draws(S=4, K=12, seed=0):
+    return mhcl.draw_hard(seed, 1.0, 0.5, S, K)
+
+
+# ------------------------------------------------------------------ loss, hard features, queue
+
+
+def naive_mhcl(q, k, queue, lam, mu, permutation, t=0.2):
+    """Loss and new keys by loops over rows and images; the negatives themselves are mixed."""
+    total, keys = 0.0, torch.empty(len(q), 8, q.shape[2])
+    for row in range(8):
+        s = row % 4
+        for b in range(len(q)):
+            query, key, negatives = q[b, s], k[b, s], queue[row].clone()  # C x K
+            if row >= 4:
+                query, key = (1 + lam[s]) * query - lam[s] * key, (1 + lam[s]) * key - lam[s] * query
+                mixed = [
+                    mu[s] * negatives[:, n] + (1 - mu[s]) * negatives[:, permutation[n]]
+                    for n in range(negatives.shape[1])
+                ]
+                negatives = torch.stack(mixed, 1)
+            logits = torch.stack([query @ key, *(query @ n for n in negatives.T)]) / t
+            total = total + WEIGHTS[row] * -logits.log_softmax(0)[0] / len(q)
+            keys[b, row] = key.detach()
+    return total, keys
+
+
+def test_loss_and_gradient_equal_a_version_that_mixes_the_queue():
+    loss, hard = make_loss(), draws()
+    q, k = unit(5, 4, 6).requires_grad_(), unit(5, 4, 6, seed=1)
+    value, keys, _ = loss(q, k, hard)
+    expected, expected_keys = naive_mhcl(q, k, loss.queue, *hard)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(keys, expected_keys)
+    ours, naive = (torch.autograd.grad(x, q)[0] for x in (value, expected))
+    torch.testing.assert_close(ours, naive)
+    assert not keys.requires_grad
+
+
+def test_gradient_flows_through_q_inside_the_hard_key():
+    q, k, lam = unit(5, 4, 6).requires_grad_(), unit(5, 4, 6, seed=1), torch.rand(4) + 0.1
+    _, hard_k = mhcl.extrapolate(q, k, lam)
+    (grad,) = torch.autograd.grad(hard_k.sum(), q)
+    torch.testing.assert_close(grad, -lam.view(1, 4, 1).expand(5, 4, 6))
+
+
+def test_queue_over_several_steps_and_around_its_end():
+    """Loss and queue against a naive list of keys; 12 places, 5 keys a step, so it wraps twice."""
+    loss = make_loss()
+    start = loss.queue.clone()
+    torch.testing.assert_close(start.norm(dim=1), torch.ones(8, 12))  # normalised noise
+    assert start.std() > 0.3
+    oldest_first, places = [(number, start[:, :, number]) for number in range(12)], list(range(12))
+    for step in range(6):
+        q, k, hard = unit(5, 4, 6, seed=10 + step), unit(5, 4, 6, seed=20 + step), draws(seed=step)
+        value, keys, _ = loss(q, k, hard)
+        naive_queue = torch.empty(8, 6, 12)
+        for place, key in oldest_first:
+            naive_queue[:, :, place] = key
+        expected, expected_keys = naive_mhcl(q, k, naive_queue, *hard)
+        torch.testing.assert_close(value, expected)
+        before = loss.queue.clone()
+        loss.enqueue(keys)
+        assert not torch.equal(before, loss.queue)
+        for key in expected_keys:
+            place, _ = oldest_first.pop(0)
+            oldest_first.append((place, key))
+    for place, key in oldest_first:
+        torch.testing.assert_close(loss.queue[:, :, place], key)
+    assert loss.queue_ptr == 30 % 12 and places == sorted(place for place, _ in oldest_first)
+    assert {"queue", "queue_ptr"} == set(loss.state_dict())
+
+
+def test_without_mhcl_it_is_infonce():
+    loss = make_loss((1.0,))
+    q, k = unit(5, 1, 6).requires_grad_(), unit(5, 1, 6, seed=1)
+    value, keys, figures = loss(q, k, None)
+    assert loss.queue.shape == (1, 6, 12) and torch.equal(keys, k)
+    total = 0.0
+    for b in range(5):
+        positive = math.exp((q[b, 0] @ k[b, 0]).item() / 0.2)
+        negatives = sum(math.exp((q[b, 0] @ n).item() / 0.2) for n in loss.queue[0].T)
+        total += -math.log(positive / (positive + negatives)) / 5
+    assert value.item() == pytest.approx(total, rel=1e-5)
+    logits = torch.cat([(q * k).sum(-1), q[:, 0] @ loss.queue[0]], 1) / 0.2
+    naive = F.cross_entropy(logits, torch.zeros(5, dtype=torch.long))
+    torch.testing.assert_close(torch.autograd.grad(value, q)[0], torch.autograd.grad(naive, q)[0])
+
+
+def test_figures_of_the_log():
+    loss, hard = make_loss(), draws()
+    q, k = unit(40, 4, 6), unit(40, 4, 6, seed=1)
+    k[:, 3] = q[:, 3]
+    value, _, figures = loss(q, k, hard)
+    torch.testing.assert_close(figures["loss"], value)
+    torch.testing.assert_close((torch.tensor(WEIGHTS) * figures["cross_entropy"]).sum(), value)
+    for s in range(4):
+        similarity = q[:, s] @ loss.queue[s]  # B x K
+        right = [100.0 * ((q[b, s] @ k[b, s]) > similarity[b]).all() for b in range(40)]
+        assert figures["top1"][s].item() == pytest.approx(sum(right) / 40)
+        assert figures["positive"][s].item() == pytest.approx((q[:, s] * k[:, s]).sum(-1).mean().item())
+        assert figures["negative"][s].item() == pytest.approx(similarity.mean().item(), abs=1e-6)
+    assert figures["top1"][3] == 100 and figures["positive"][3].item() == pytest.approx(1)
+
+
+def test_a_collapsed_encoder_scores_no_top1():
+    loss = make_loss((1.0,))
+    same = torch.ones(4, 1, 6) / math.sqrt(6)
+    loss.queue.copy_(same[0, 0].view(1, 6, 1).expand(1, 6, 12))
+    value, _, figures = loss(same, same, None)
+    assert figures["top1"] == 0 and value.item() == pytest.approx(math.log(13))
+    assert mhcl.feature_std(torch.ones(8, 32)) == pytest.approx(0, abs=1e-6)
+    assert mhcl.feature_std(torch.randn(5000, 32)).item() == pytest.approx(1, abs=0.02)
+
+
+def test_draws_follow_the_seed_alone_and_the_beta_distribution():
+    first = mhcl.draw_hard(5, 1.0, 0.1, 4, 50)
+    torch.manual_seed(99)
+    assert_same(mhcl.draw_hard(5, 1.0, 0.1, 4, 50), first)
+    assert not torch.equal(mhcl.draw_hard(6, 1.0, 0.1, 4, 50)[0], first[0])
+    lam, mu, permutation = first
+    assert lam.shape == mu.shape == (4,) and sorted(permutation.tolist()) == list(range(50))
+    assert not torch.equal(lam, mu)
+    many = [mhcl.draw_hard(seed, 2.0, 3.0, 4, 1) for seed in range(2000)]
+    for which in (0, 1):
+        values = torch.stack([draw[which] for draw in many])
+        assert values.mean().item() == pytest.approx(2 / 5, abs=0.01)  # a / (a + b)
+        assert values.var().item() == pytest.approx(6 / (25 * 6), abs=0.005)  # ab / ((a+b)^2 (a+b+1))
+        assert values[:, 0].sub(values[:, 1]).abs().min() > 0  # one draw per scale
+    for a, b in ((20, 0.1), (10, 1), (1, 0.001)):
+        lam, mu, _ = mhcl.draw_hard(0, a, b, 1000, 1)
+        assert lam.isfinite().all() and 0 <= lam.min() and lam.max() <= 1
+
+
+def test_loss_is_float32_under_autocast():
+    encoder = Encoder(common.build_backbone("test_resnet", 32), [32, 48, 192, 96], 8, True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        q, features = encoder(torch.randn(4, 3, 32, 32))
+    assert q.dtype == torch.float32 and features.dtype == torch.bfloat16
+
+
+# ------------------------------------------------------------------ encoder
+
+
+def naive_resnet(backbone, x):
+    """Maps after the four stages of a timm ResNet, by its own modules in turn."""
+    x = backbone.maxpool(backbone.act1(backbone.bn1(backbone.conv1(x))))
+    maps = []
+    for layer in (backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4):
+        x = layer(x)
+        maps.append(x)
+    return maps
+
+
+@pytest.mark.parametrize("mlp", [True, False])
+def test_encoder_projects_the_mean_of_each_stage(mlp):
+    torch.manual_seed(0)
+    backbone = common.build_backbone("resnet18", 64)
+    encoder = Encoder(backbone, [64, 128, 256, 512], 16, mlp).eval()
+    x = torch.randn(3, 3, 64, 64)
+    out, features = encoder(x)
+    assert out.shape == (3, 4, 16) and features.shape == (3, 512)
+    for s, stage in enumerate(naive_resnet(backbone, x)):
+        positions = [(i, j) for i in range(stage.shape[2]) for j in range(stage.shape[3])]
+        hidden = torch.stack([stage[:, :, i, j] for i, j in positions]).mean(0)
+        layers = [m for m in encoder.projectors[s] if isinstance(m, torch.nn.Linear)]
+        assert len(layers) == (2 if mlp or s < 3 else 1)
+        if len(layers) == 2:
+            assert layers[0].weight.shape == (stage.shape[1], stage.shape[1])
+            hidden = (hidden @ layers[0].weight.T + layers[0].bias).clamp(min=0)
+        hidden = hidden @ layers[-1].weight.T + layers[-1].bias
+        torch.testing.assert_close(out[:, s], hidden / hidden.norm(dim=1, keepdim=True), atol=1e-5, rtol=0)
+    torch.testing.assert_close(features, backbone(x))
+
+
+@pytest.mark.parametrize(
+    "arch, widths",
+    [
+        ("resnet34", [64, 128, 256, 512]),
+        ("resnet50", [256, 512, 1024, 2048]),
+        ("resnet101", [256, 512, 1024, 2048]),
+        ("wide_resnet50_2", [256, 512, 1024, 2048]),
+        ("resnext50_32x4d", [256, 512, 1024, 2048]),
+        ("swin_tiny_patch4_window7_224", [96, 192, 384, 768]),
+        ("convnext_tiny", [96, 192, 384, 768]),
+    ],
+)
+def test_backbones_of_four_stages(arch, widths):
+    backbone = common.build_backbone(arch, 64)
+    assert mhcl.stage_widths(backbone, arch, 64, 4) == widths and backbone.training
+    encoder = Encoder(backbone, widths, 8, True)
+    x = torch.randn(2, 3, 64, 64)
+    out, features = encoder(x)
+    assert out.shape == (2, 4, 8) and out.isfinite().all()
+    out[:, :, 0].sum().backward()
+    # Several GPUs would wait for ever for a gradient that never comes.
+    assert [name for name, p in encoder.named_parameters() if p.grad is None] == []
+    backbone.eval()
+    torch.testing.assert_close(encoder(x)[1], backbone(x))  # what eval_knn measures
+
+
+def test_bn_groups_are_normalised_one_by_one():
+    torch.manual_seed(0)
+    encoder = Encoder(common.build_backbone("test_resnet", 32), [32, 48, 192, 96], 8, True)
+    x = torch.randn(8, 3, 32, 32)
+    whole, features = encoder(x)
+    parts, part_features = encoder(x, bn_groups=4)
+    expected = torch.cat([encoder(x[i : i + 2])[0] for i in range(0, 8, 2)])
+    torch.testing.assert_close(parts, expected)
+    assert (parts - whole).abs().max() > 0.01 and part_features.shape == features.shape
+    encoder.eval()
+    torch.testing.assert_close(encoder(x, bn_groups=4)[0], encoder(x)[0])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_shuffle_hands_out_all_rows_and_takes_them_back_in_order(monkeypatch, world_size):
+    B, rows = 4, torch.arange(4 * world_size)
+    shuffles = [
+        Shuffle(B, 7, Process(rank, world_size, torch.device("cpu"), None)) for rank in range(world_size)
+    ]
+    monkeypatch.setattr(mhcl, "gather", lambda x, process: rows)
+    handed = torch.cat([shuffle(own) for shuffle, own in zip(shuffles, rows.split(B), strict=True)])
+    assert sorted(handed.tolist()) == rows.tolist() != handed.tolist()
+    monkeypatch.setattr(mhcl, "gather", lambda x, process: 10 * handed)
+    for shuffle, part, own in zip(shuffles, handed.split(B), rows.split(B), strict=True):
+        assert torch.equal(shuffle.undo(10 * part), 10 * own)
+
+
+# ------------------------------------------------------------------ views
+
+
+def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
+    paths = common.list_images(scenes / "train")
+    dataset = PairDataset(paths, 32, 0)
+    first = dataset[3, 5]
+    torch.manual_seed(99)
+    assert_same(dataset[3, 5], first)
+    assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first)
+    assert not torch.equal(*first)
+    for other in (dataset[4, 5], PairDataset(paths, 32, 1)[3, 5]):
+        assert not torch.equal(other[0], first[0])
+
+
+def test_crops_cover_a_fifth_to_all_of_the_area_and_half_are_mirrored(tmp_path):
+    ramp = torch.arange(200).float().expand(200, 200) * 255 / 199
+    image = torch.stack([ramp, ramp.T, torch.zeros(200, 200)]).byte()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "ramp.png")
+    dataset = PairDataset([str(tmp_path / "ramp.png")], 100, 0)
+    areas, mirrored = [], 0
+    for epoch in range(200):
+        for crop in dataset[epoch, 0]:
+            width, height = (crop[c].max().item() - crop[c].min().item() + 2 for c in (0, 1))
+            areas.append(width * height / 255**2)
+            mirrored += int(crop[0, 0, 0] > crop[0, 0, -1])
+    assert 0.17 < min(areas) < 0.25 and 0.9 < max(areas) < 1.05
+    assert mirrored / 400 == pytest.approx(0.5, abs=0.08)
+
+
+@pytest.mark.parametrize("aug_plus", [True, False])
+def test_colour_is_torchvisions_sample_by_sample(aug_plus):
+    """The same draws through torchvision's functional operations, in the order of MoCo v2 and of v1."""
+    N = 60
+    crops = torch.randint(256, (N, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    ours = mhcl.color_views(crops, aug_plus, (0, 0, 0), (1, 1, 1), torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    gray = common.bernoulli(torch.full((N,), 0.2), generator)
+    strength = (0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4)
+    p = torch.full((N,), 0.8 if aug_plus else 1.0)
+    where, factors, order = common.draw_color_jitter(strength, p, generator)
+    blur, sigma = torch.zeros(N, dtype=torch.bool), torch.zeros(N)
+    if aug_plus:
+        blur = common.bernoulli(torch.full((N,), 0.5), generator)
+        sigma = torch.empty(N).uniform_(0.1, 2.0, generator=generator)
+    adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for i in range(N):
+        x = crops[i].float() / 255
+        if gray[i] and not aug_plus:
+            x = TF.rgb_to_grayscale(x, 3)
+        if where[i]:
+            for kind in order[i].tolist():
+                x = adjust[kind](x, factors[i, kind].item())
+        if gray[i] and aug_plus:
+            x = TF.rgb_to_grayscale(x, 3)
+        if blur[i]:
+            x = TF.gaussian_blur(x, [13, 13], [sigma[i].item()] * 2)
+        # hue is discontinuous where two channels are equal up to rounding: a few pixels may differ
+        assert ((ours[i] - x).abs() > 1e-3).float().mean() < 0.01
+    assert gray.any() and (~gray).any() and blur.any() == aug_plus
+
+
+# ------------------------------------------------------------------ training steps
+
+
+def setup_step(script_flags=()):
+    """Encoders without BatchNorm, loss and optimizer, and two fixed batches of crops."""
+    flags = ["--data_path", "x", "--output_dir", "x", *tiny("mhcl", *script_flags)]
+    args = mhcl.get_parser().parse_args(flags)
+    torch.manual_seed(0)
+    widths = [24, 32, 48, 64] if args.mhcl else [64]
+    encoder_q = Encoder(common.build_backbone("test_convnext", 32), widths, 8, args.mlp)
+    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
+    for p in encoder_k.parameters():
+        p.add_(0.01 * torch.randn(p.shape))  # so that q and k differ from the first step on
+    loss = MHCLLoss(WEIGHTS if args.mhcl else (1.0,), 8, 24, args.moco_t)
+    groups = common.param_groups(encoder_q)
+    optimizer = timm.optim.create_optimizer_v2(groups, "momentum", lr=1.0, weight_decay=0.1, momentum=0.9)
+    crops = [
+        torch.randint(
+            256, (2, 8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
+        )
+        for step in range(2)
+    ]
+    return args, encoder_q, encoder_k, loss, optimizer, crops
+
+
+def schedule(step):
+    return 0.05 * step
+
+
+def plain_views(crops, aug_plus, mean, std, generator):
+    return common.normalize(crops / 255, mean, std)
+
+
+def train_two_steps(flags=(), process=ALONE):
+    """Runs train_one_epoch on this process's share of the fixed batches, without colour changes."""
+    args, network, encoder_k, loss, optimizer, crops = setup_step(flags)
+    meter, seen = common.Meter(process, 1000), []
+    encoder_q = network if process.world_size == 1 else DistributedDataParallel(network)
+    share = [
+        (
+            [view.chunk(args.accum_steps)[a].chunk(process.world_size)[process.rank] for view in step],
+            [f"file of {process.rank}"],
+        )
+        for step in crops
+        for a in range(args.accum_steps)
+    ]
+
+    def after_step(step, values):
+        seen.append((step, values))
+        return False
+
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    parts = encoder_q, encoder_k, loss, optimizer, scaler, schedule
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mhcl, "color_views", plain_views)
+        mhcl.train_one_epoch(range(1, 3), iter(share), *parts, 1, args, process, meter, after_step)
+    return network, encoder_k, loss, meter, seen
+
+
+def naive_training(flags=()):
+    """Two steps with plain loops, from the specification: one parameter at a time."""
+    args, encoder_q, encoder_k, loss, _, crops = setup_step(flags)
+    parameters = dict(encoder_q.named_parameters())
+    momenta = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    queue, losses, pointer = loss.queue.clone(), [], 0
+    for step, batch in enumerate(crops, start=1):
+        x_q, x_k = (common.normalize(x / 255, common.IMAGENET_MEAN, common.IMAGENET_STD) for x in batch)
+        q, k = encoder_q(x_q)[0], encoder_k(x_k)[0]
+        if args.mhcl:
+            hard = mhcl.draw_hard(common.stream_seed(0, "hard", step), args.a, args.b, 4, 24)
+            value, keys = naive_mhcl(q, k, queue, *hard)
+        else:
+            logits = torch.cat([(q * k).sum(-1), q[:, 0] @ queue[0]], 1) / args.moco_t
+            value, keys = F.cross_entropy(logits, torch.zeros(8, dtype=torch.long)), k
+        losses.append(value.item())
+        encoder_q.zero_grad()
+        value.backward()
+        with torch.no_grad():
+            for name, p in parameters.items():
+                decay = 0.1 if p.ndim > 1 and not name.endswith("bias") else 0.0
+                momenta[name] = 0.9 * momenta[name] + p.grad + decay * p
+                p.sub_(schedule(step) * momenta[name])
+            for p_k, p_q in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
+                p_k.copy_(args.moco_m * p_k + (1 - args.moco_m) * p_q)
+            for key in keys:
+                queue[:, :, pointer % 24] = key
+                pointer += 1
+    return encoder_q, encoder_k, queue, losses
+
+
+def assert_close_parameters(ours, expected):
+    for (name, p), q in zip(ours.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-mhcl", "--no-mlp"], ["--accum_steps", "4"]])
+def test_steps_equal_plain_loops(flags):
+    """Loss, SGD with decay, key encoder and queue over two steps; accumulation is one large batch."""
+    encoder_q, encoder_k, loss, meter, seen = train_two_steps(flags)
+    expected_q, expected_k, queue, losses = naive_training(flags)
+    torch.testing.assert_close(torch.stack([terms["loss"] for terms in meter.terms]), torch.tensor(losses))
+    assert_close_parameters(encoder_q, expected_q)
+    assert_close_parameters(encoder_k, expected_k)
+    torch.testing.assert_close(loss.queue, queue, atol=1e-5, rtol=0)
+    assert loss.queue_ptr == 16 and seen == [(2, {"lr": 0.05}), (3, {"lr": 0.1})]
+
+
+def test_no_gradient_reaches_the_key_encoder():
+    _, encoder_k, loss, _, _ = train_two_steps()
+    assert all(p.grad is None and not p.requires_grad for p in encoder_k.parameters())
+    assert not loss.queue.requires_grad and loss.queue.grad_fn is None
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-mhcl", "--no-mlp", "--no-aug_plus", "--no-cos"]])
+def test_whole_run_writes_everything(train, tmp_path, flags):
+    saved = train(tmp_path, "--log_every", "2", *flags, script="mhcl")
+    rows, scales = (1, 1) if flags else (8, 4)
+    assert saved["step"] == 21 and saved["epoch"] == 3 and saved["args"]["arch"] == "test_resnet"
+    assert saved["mhcl_loss"]["queue"].shape == (rows, 128, 16) and saved["mhcl_loss"]["queue_ptr"] == 84 % 16
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines[0]["effective_batch"] == 4 and lines[0]["steps"] == 21 and lines[-1]["step"] == 21
+    assert lines[0]["chance_cross_entropy"] == pytest.approx(math.log(17)) and lines[0]["bn_groups"] == 2
+    for name, length in {
+        "top1": scales,
+        "positive": scales,
+        "negative": scales,
+        "cross_entropy": rows,
+    }.items():
+        assert len(lines[-1][name]) == length and all(map(math.isfinite, lines[-1][name]))
+    for name in ("loss", "feature_std", "lr", "images_per_s", "data_seconds", "unreadable", "epoch"):
+        assert math.isfinite(lines[-1][name])
+    backbone = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0)
+    prefix = "backbone."
+    query = {k.removeprefix(prefix): v for k, v in saved["encoder_q"].items() if k.startswith(prefix)}
+    assert_same(dict(backbone.state_dict()), query)
+    assert Image.open(tmp_path / "views.png").size == (2 * 34 + 2, 4 * 34 + 2)  # 4 images, 2 views
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-mhcl", "--accum_steps", "2", "--arch", "test_convnext"]])
+def test_resumed_run_equals_the_unbroken_one(train, tmp_path, flags):
+    unbroken = train(tmp_path / "a", *flags, "--num_workers", "2", "--max_steps", "8", script="mhcl")
+    train(tmp_path / "b", *flags, "--max_steps", "5", script="mhcl")
+    resumed = train(tmp_path / "b", *flags, "--max_steps", "8", script="mhcl")
+    assert_same_state(resumed, unbroken)
+
+
+def learning_rates(train, out, *flags):
+    """The rate of each of the steps of three epochs of seven steps."""
+    train(out, "--log_every", "1", "--warmup_epochs", "0", "--lr", "0.64", *flags, script="mhcl")
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [line["lr"] for line in lines[1:]]
+
+
+def test_learning_rate_is_a_cosine_or_falls_in_steps(train, tmp_path):
+    cosine = learning_rates(train, tmp_path / "cos")
+    expected = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 21)) for step in range(21)]  # .64 * 4 / 256
+    assert cosine == pytest.approx(expected)
+    steps = learning_rates(train, tmp_path / "steps", "--no-cos", "--schedule", "1", "2")
+    assert steps == pytest.approx([0.01] * 7 + [0.001] * 7 + [0.0001] * 7)
+    warm = learning_rates(train, tmp_path / "warm", "--no-cos", "--schedule", "2", "--warmup_epochs", "1")
+    assert warm == pytest.approx([0.01 * step / 7 for step in range(7)] + [0.01] * 7 + [0.001] * 7)
+
+
+def test_either_encoder_can_be_judged_and_taken_further(train, run, scenes, tmp_path, capsys):
+    saved = train(tmp_path / "a", "--max_steps", "4", script="mhcl")
+    base = ["--data_path", scenes, "--nb_knn", "1", "--output_dir", tmp_path, "--num_workers", "0"]
+    checkpoint = str(tmp_path / "a" / "checkpoint.pth")
+    run("eval_knn", *base, "--weights", tmp_path / "a", checkpoint)
+    run("eval_knn", *base, "--weights", checkpoint, "--checkpoint_key", "encoder_k")
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["arch"] for line in lines] == ["test_resnet"] * 3
+    assert lines[0]["top1"] == lines[1]["top1"]  # the query encoder is the default of both
+    for key in ("encoder_q", "encoder_k"):
+        state, info = common.read_weights(checkpoint, key)
+        assert info["arch"] == "test_resnet" and torch.equal(
+            state["layer1.0.conv1.weight"], saved[key]["backbone.layer1.0.conv1.weight"]
+        )
+    capsys.readouterr()
+    frozen = ["--max_steps", "1", "--lr", "1e-30", "--weight_decay", "0"]
+    second = train(tmp_path / "b", "--init", checkpoint, *frozen, script="mhcl")
+    assert "tensors loaded, 0 missing" in capsys.readouterr().out
+    for key in ("encoder_q", "encoder_k"):  # the key encoder starts as the query encoder
+        name = "backbone.layer1.0.conv1.weight"
+        assert torch.equal(second[key][name], saved["encoder_q"][name])
+
+
+def test_a_queue_longer_than_the_data_is_warned_about(train, tmp_path, capsys):
+    train(tmp_path / "a", "--moco_k", "28", "--max_steps", "1", script="mhcl")
+    assert "warning" not in capsys.readouterr().err
+    train(tmp_path / "b", "--moco_k", "32", "--max_steps", "1", script="mhcl")
+    assert "warning: --moco_k 32: the queue is longer than the data, 30 images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arch", ["swin_tiny_patch4_window7_224", "convnext_atto"])
+def test_backbones_without_batchnorm_train_with_adamw(train, tmp_path, arch):
+    flags = ["--arch", arch, "--optimizer", "adamw", "--max_steps", "1", "--batch_size_per_gpu", "2"]
+    saved = train(tmp_path, *flags, script="mhcl")
+    header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
+    assert saved["step"] == 1 and header["bn_groups"] == 1
+
+
+def test_batchnorm_groups_default_to_four_alone_and_one_among_others():
+    args = mhcl.get_parser().parse_args(["--data_path", "x", "--output_dir", "x"])
+    for module, world_size, expected in (
+        (torch.nn.BatchNorm2d(2), 1, 4),
+        (torch.nn.BatchNorm2d(2), 2, 1),
+        (torch.nn.LayerNorm(2), 1, 1),
+    ):
+        process = Process(0, world_size, torch.device("cpu"), None)
+        assert mhcl.batchnorm_groups(module, args, process) == expected
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("amp", ["bf16", "fp16", "off"])
+def test_training_on_a_gpu_resumes(train, tmp_path, amp):
+    flags = ["--device", "cuda", "--amp", amp, "--log_every", "1", "--max_steps"]
+    train(tmp_path, *flags, "2", script="mhcl")
+    saved = train(tmp_path, *flags, "4", script="mhcl")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert saved["step"] == 4 and all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
