@@ -115,8 +115,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--moco_t", type=float, default=0.2, help="tau; .07 for MoCo v1; lower: nearest negatives count more")
     add("--a", type=float, default=1.0, help="of Beta(a, b); authors: 1 (MLRSNet), 10 (RESISC45), 20 (UCM)")
     add("--b", type=float, default=0.1, help="of Beta(a, b); more: milder hard features")
-    add("--bn_groups", type=int, help="parts of the batch that BatchNorm sees one by one; none: 4 for a "
-        "process that is alone, else 1")
+    add("--bn_groups", type=int, help="parts of the batch that BatchNorm sees one by one; none: with one "
+        "process parts of 32 images, at least 2; with several 1")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=800, help="length of the cosine; small data needs more")
@@ -533,7 +533,8 @@ def batchnorm_groups(encoder: nn.Module, args: argparse.Namespace, process: Proc
     """Parts of a process's batch that BatchNorm sees one by one."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
         return 1
-    groups, B = args.bn_groups or (4 if process.world_size == 1 else 1), args.batch_size_per_gpu
+    B = args.batch_size_per_gpu
+    groups = args.bn_groups or (max(2, B // 32) if process.world_size == 1 else 1)  # MoCo's GPUs had 32 each
     if B % groups or B < 2 * groups:
         common.fail(f"--batch_size_per_gpu {B}: BatchNorm wants {groups} equal groups of 2 images or more; "
                     "see --bn_groups")

@@ -130,6 +130,8 @@ def test_figures_of_the_log():
         similarity = q[:, s] @ loss.queue[s]  # B x K
         right = [100.0 * ((q[b, s] @ k[b, s]) > similarity[b]).all() for b in range(40)]
         assert figures["top1"][s].item() == pytest.approx(sum(right) / 40)
+        ranks = [(q[b, s] @ k[:, s].T).argmax() == b for b in range(40)]
+        assert figures["batch_top1"][s].item() == pytest.approx(100 * sum(ranks).item() / 40)
         assert figures["positive"][s].item() == pytest.approx((q[:, s] * k[:, s]).sum(-1).mean().item())
         assert figures["negative"][s].item() == pytest.approx(similarity.mean().item(), abs=1e-6)
     assert figures["top1"][3] == 100 and figures["positive"][3].item() == pytest.approx(1)
@@ -524,15 +526,20 @@ def test_backbones_without_batchnorm_train_with_adamw(train, tmp_path, arch):
     assert saved["step"] == 1 and header["bn_groups"] == 1
 
 
-def test_batchnorm_groups_default_to_four_alone_and_one_among_others():
-    args = mhcl.get_parser().parse_args(["--data_path", "x", "--output_dir", "x"])
-    for module, world_size, expected in (
-        (torch.nn.BatchNorm2d(2), 1, 4),
-        (torch.nn.BatchNorm2d(2), 2, 1),
-        (torch.nn.LayerNorm(2), 1, 1),
-    ):
-        process = Process(0, world_size, torch.device("cpu"), None)
-        assert mhcl.batchnorm_groups(module, args, process) == expected
+@pytest.mark.parametrize(
+    "norm, world_size, batch, expected",
+    [
+        ("BatchNorm2d", 1, 128, 4),
+        ("BatchNorm2d", 1, 24, 2),
+        ("BatchNorm2d", 2, 128, 1),
+        ("LayerNorm", 1, 128, 1),
+    ],
+)
+def test_batchnorm_groups_are_those_of_moco(norm, world_size, batch, expected):
+    """32 images each, on one process two groups at least."""
+    flags = ["--data_path", "x", "--output_dir", "x", "--batch_size_per_gpu", str(batch)]
+    args, process = mhcl.get_parser().parse_args(flags), Process(0, world_size, torch.device("cpu"), None)
+    assert mhcl.batchnorm_groups(getattr(torch.nn, norm)(2), args, process) == expected
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
