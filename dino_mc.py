@@ -644,6 +644,7 @@ def main() -> None:
     stateful = {"student": network, "teacher": teacher, "dino_loss": dino_loss, "optimizer": optimizer,
                 "scaler": scaler}
     start_step = saved["step"] if saved else 0
+    end_step = max(start_step, end_step)  # a run that is further already has nothing to do
     for name, part in stateful.items():
         if saved and saved[name]:  # the scaler has no state without fp16
             part.load_state_dict(saved[name])

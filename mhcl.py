@@ -6,7 +6,7 @@ arXiv 2003.04297), which is `--no-mhcl` here.
 
     # a short run on a CPU; `make demo` draws the images
     python mhcl.py --data_path demo/data/train --output_dir OUT --arch resnet18 --img_size 64 \
-        --moco_k 1024 --batch_size_per_gpu 64 --lr .06 --epochs 10
+        --moco_k 1024 --batch_size_per_gpu 32 --lr .12 --epochs 5
     # one GPU: ResNet-50 on any folder of images, labelled or not
     python mhcl.py --data_path IMAGES --output_dir OUT --moco_k 16384
     # several GPUs; plain MoCo v2, the baseline
@@ -26,7 +26,7 @@ it again with pairs that are pushed apart and with negatives that are blends of 
     q^, k^       hard_q, hard_k   -                         hard positives: extrapolated pairs
     lambda, mu   lam, mu          a (1), b (.1)             strength of each; Beta(a, b), a draw per scale
     pi           permutation      -                         of the queue: which negative blends with which
-    tau          temperature      moco_t (.2)               temperature of the softmax
+    tau          moco_t           moco_t (.2)               temperature of the softmax
     m            -                moco_m (.99)              momentum of the key encoder
 
 The queue takes R x C x K floats, 268 MB with the defaults (8 x 128 x 65,536), and no more: logits are linear
@@ -75,8 +75,8 @@ from common import Process
 
 # Flags that may change between a run and its continuation. All others make the method.
 FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
-              "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
-              "log_every", "max_steps"}  # the effective batch, not its parts, has to stay
+              "accum_steps", "bn_groups", "output_dir", "device", "amp", "compile", "save_every",
+              "save_minutes", "log_every", "max_steps"}  # the effective batch, not its parts, has to stay
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -589,6 +589,7 @@ def main() -> None:
     stateful = {"encoder_q": encoder_q, "encoder_k": encoder_k, "mhcl_loss": mhcl_loss,
                 "optimizer": optimizer, "scaler": scaler}
     start_step = saved["step"] if saved else 0
+    end_step = max(start_step, end_step)  # a run that is further already has nothing to do
     for name, part in stateful.items():
         if saved and saved[name]:  # the scaler has no state without fp16
             part.load_state_dict(saved[name])

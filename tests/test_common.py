@@ -263,6 +263,22 @@ def randomize(model):
     return model.eval()
 
 
+@pytest.mark.parametrize("arch", ["swin_tiny_patch4_window7_224", "test_vit", "resnet18", "vgg11"])
+def test_drop_path_is_what_was_asked_for(arch):
+    """Also for Swin, whose own default is not 0, and for nets that have none."""
+
+    def rates(drop_path):
+        modules = common.build_backbone(arch, 64, drop_path=drop_path).modules()
+        return {m.drop_prob for m in modules if type(m).__name__ == "DropPath" and m.drop_prob}
+
+    assert rates(0) == set()
+    if arch == "vgg11":
+        with pytest.raises(SystemExit):
+            rates(0.2)
+    else:
+        assert max(rates(0.2)) == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize(
     "arch, patch",
     [("test_vit", 8), ("test_resnet", None), ("test_convnext", None), ("swin_tiny_patch4_window7_224", None)],
@@ -471,6 +487,17 @@ def test_meter_means_and_stops_at_non_finite_terms(capsys):
         meter.summary(5, 8)
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "step 4" in error and "'other': nan" in error
+
+
+def test_meter_takes_terms_of_several_numbers():
+    meter = common.Meter(ALONE, 10)
+    for step in range(2):
+        meter.end_step({"loss": torch.tensor(float(step)), "each": torch.tensor([1.0, 2.0 + step])})
+    summary = meter.summary(2, 1)
+    assert summary["loss"] == 0.5 and summary["each"] == [1.0, 2.5]
+    meter.end_step({"loss": torch.tensor(1.0), "each": torch.tensor([1.0, math.inf])})
+    with pytest.raises(SystemExit):
+        meter.summary(3, 1)
 
 
 def test_meter_stops_above_one_percent_unreadable(capsys):
