@@ -516,7 +516,7 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
         names = all_names.keys() - fitting.keys()
         shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
         report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
-    if len(fitting) < 0.9 * len(own) and not allow_partial:
+    if len(fitting) < 0.9 * len(own) and not (allow_partial and fitting):
         fail(f"{report}: another arch? (--allow_partial takes what fits)")
     backbone.load_state_dict(fitting, strict=False)
     return report

@@ -6,7 +6,7 @@ arXiv 2003.04297), which is `--no-mhcl` here.
 
     # a short run on a CPU; `make demo` draws the images
     python mhcl.py --data_path demo/data/train --output_dir OUT --arch resnet18 --img_size 64 \
-        --moco_k 1024 --batch_size_per_gpu 32 --lr .12 --epochs 5
+        --moco_k 512 --batch_size_per_gpu 32 --lr .12 --epochs 5
     # one GPU: ResNet-50 on any folder of images, labelled or not
     python mhcl.py --data_path IMAGES --output_dir OUT --moco_k 16384
     # several GPUs; plain MoCo v2, the baseline
@@ -19,25 +19,27 @@ it again with pairs that are pushed apart and with negatives that are blends of 
 
     symbol       variable         flag (default)            what
     B            B                batch_size_per_gpu (128)  images per process and micro-batch
-    S, R         S, R             mhcl                      scales, rows: 4, 8; without mhcl 1, 1
+    S, R         S                mhcl                      scales 4, rows 8; with --no-mhcl both 1
     C            -                moco_dim (128)            width of queries and keys
     K            K                moco_k (65536)            length of the queue
     q, k         q, k             -                         queries and keys, unit vectors
     q^, k^       hard_q, hard_k   -                         hard positives: extrapolated pairs
-    lambda, mu   lam, mu          a (1), b (.1)             strength of each; Beta(a, b), a draw per scale
-    pi           permutation      -                         of the queue: which negative blends with which
+    lambda       lam              a (1), b (.1)             how far pairs are pushed apart, of Beta(a, b)
+    mu           mu               a (1), b (.1)             share of a negative in its blend, of Beta(a, b)
+    pi           permutation      -                         which negative blends with which
     tau          moco_t           moco_t (.2)               temperature of the softmax
     m            -                moco_m (.99)              momentum of the key encoder
 
-The queue takes R x C x K floats, 268 MB with the defaults (8 x 128 x 65,536), and no more: logits are linear
-in the negatives, so it is they that are blended, not a second queue. Choose K by the data: a queue that holds
-an epoch holds older keys of the query's own image, as negatives (2,100 images: 1024).
+The queue takes R x C x K floats, 268 MB with the defaults (8 x 128 x 65,536), and is never copied: logits are
+linear in the negatives, so it is the R x B x K logits that are blended. Choose K by the data: in a queue of
+half an epoch one query in eight meets an older key of its own image as a negative, in one of an epoch every
+other. So take half the images at most (2,100 images: 1024).
 
 BatchNorm's statistics tell which images a batch holds, and a query could find its key by them. So, as in
 MoCo, keys are normalised in other company than their queries: the key views of all processes are shuffled,
 and each process encodes another share. One that is alone has groups in place of processes: it cuts its
 queries, and its shuffled keys, into `--bn_groups` parts that BatchNorm sees one by one. (Swin and ConvNeXt
-have no BatchNorm.)
+have no BatchNorm.) The more groups, or processes, the less company a key shares with its query.
 
 Differs from the authors' code:
 - `--no-mhcl` runs, on one process too, on CPUs too;
@@ -97,8 +99,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
 
     add = parser.add_argument_group("model").add_argument
-    add("--arch", default="resnet50", help="a timm model of four stages, such as resnet18, wide_resnet50_2, "
-        "resnext50_32x4d, swin_tiny_patch4_window7_224, convnext_tiny; with --no-mhcl any")
+    add("--arch", default="resnet50", help="a timm model that gives four stages, such as resnet18, "
+        "wide_resnet50_2, resnext50_32x4d, swin_tiny_patch4_window7_224, convnext_tiny; with --no-mhcl any")
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
     add("--checkpoint_key", help="which network of a checkpoint --init takes; none: encoder_q of ours")
@@ -113,10 +115,11 @@ def get_parser() -> argparse.ArgumentParser:
         "the images")
     add("--moco_m", type=float, default=0.99, help="momentum of the key encoder; .999 for long runs of MoCo")
     add("--moco_t", type=float, default=0.2, help="tau; .07 for MoCo v1; lower: nearest negatives count more")
-    add("--a", type=float, default=1.0, help="of Beta(a, b); authors: 1 (MLRSNet), 10 (RESISC45), 20 (UCM)")
-    add("--b", type=float, default=0.1, help="of Beta(a, b); more: milder hard features")
-    add("--bn_groups", type=int, help="parts of the batch that BatchNorm sees one by one; none: with one "
-        "process parts of 32 images, at least 2; with several 1")
+    add("--a", type=float, default=1.0, help="lambda and mu are drawn from Beta(a, b), of mean a / (a + b); "
+        "the authors' values for other data are in the README")
+    add("--b", type=float, default=0.1, help="more: pairs pushed apart less, negatives blended more")
+    add("--bn_groups", type=int, help="cut the batch into so many parts for BatchNorm; none: parts of about "
+        "32 images, at least 2, if there is one process, and no cut if there are several")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=800, help="length of the cosine; small data needs more")
@@ -125,8 +128,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw: for Swin and ConvNeXt")
     add("--lr", type=float, default=0.03, help="at an effective batch of 256; scaled linearly to the actual; "
         "5e-4 with adamw")
-    add("--cos", action=yes_no, default=True, help="cosine to 0; without: a tenth at each of --schedule")
-    add("--schedule", type=int, nargs="*", default=[120, 160], help="its epochs, for --no-cos")
+    add("--cos", action=yes_no, default=True, help="cosine of the rate to 0; without: see --schedule")
+    add("--schedule", type=int, nargs="*", default=[120, 160], help="epochs at which --no-cos takes a "
+        "tenth of the rate")
     add("--warmup_epochs", type=float, default=0, help="of the learning rate; 10 with adamw")
     add("--weight_decay", type=float, default=1e-4, help="not on biases and norms; .05 with adamw")
 
@@ -153,6 +157,9 @@ def check_args(args: argparse.Namespace) -> None:
         common.fail(f"--std {' '.join(map(str, args.std))}: must be above 0")
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    if not args.cos and not all(0 < epoch < args.epochs for epoch in args.schedule):
+        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be between 0 and --epochs "
+                    f"{args.epochs}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -332,7 +339,7 @@ def interpolate(l_neg: Tensor, mu: Tensor, permutation: Tensor) -> Tensor:
         permutation: K, pi.
     """
     partner = l_neg.gather(-1, permutation.expand_as(l_neg))  # its gradient is faster than that of [..., pi]
-    return partner.lerp(l_neg, mu.view(-1, 1, 1))
+    return partner.lerp_(l_neg, mu.view(-1, 1, 1))
 
 
 def info_nce(l_pos: Tensor, l_neg: Tensor) -> Tensor:
@@ -343,7 +350,7 @@ def info_nce(l_pos: Tensor, l_neg: Tensor) -> Tensor:
 class MHCLLoss(nn.Module):
     """InfoNCE of each row against its own queue. Rows are the scales, and then their hard features.
 
-    The queue holds R x C x K floats; nothing of its size is ever made beside it.
+    The queue holds R x C x K floats and is never copied; beside it are the logits, R x B x K.
 
     Args:
         weights: R, of the rows: (1,) is MoCo.
@@ -365,13 +372,13 @@ class MHCLLoss(nn.Module):
         return torch.einsum("bsc,bsc->sb", q, k), torch.einsum("bsc,sck->sbk", q, queue)
 
     def forward(self, q: Tensor, k: Tensor,
-                hard: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                draws: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Sum over rows of weight times cross-entropy, mean over the batch.
 
         Args:
             q: B x S x C queries, unit vectors in float32.
             k: B x S x C keys of the same images, without gradient.
-            hard: lambda, mu and pi of draw_hard; None: no hard features, R is S.
+            draws: lambda, mu and pi of draw_hard; None: no hard features, R is S.
 
         Returns:
             the loss; keys for the queue, B x R x C; figures for the log, without gradient.
@@ -379,8 +386,8 @@ class MHCLLoss(nn.Module):
         S = q.shape[1]
         l_pos, l_neg = self.logits(q, k, self.queue[:S])
         cross_entropy, keys = info_nce(l_pos, l_neg), k  # S x B
-        if hard is not None:
-            lam, mu, permutation = hard
+        if draws is not None:
+            lam, mu, permutation = draws
             hard_q, hard_k = extrapolate(q, k, lam)
             hard_pos, hard_neg = self.logits(hard_q, hard_k, self.queue[S:])
             hard_neg = interpolate(hard_neg, mu, permutation)
@@ -416,7 +423,7 @@ class MHCLLoss(nn.Module):
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
     """Standard deviation of unit features N x D, times sqrt(D): near 1 healthy, near 0 collapsed."""
-    return F.normalize(features.float(), dim=-1).std(0).mean() * math.sqrt(features.shape[1])
+    return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
 def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encoder_k: Encoder,
@@ -441,7 +448,7 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
         after_step: given the number of steps done and values to log, logs, saves, says whether to stop.
     """
     network = encoder_q.module if isinstance(encoder_q, DistributedDataParallel) else encoder_q
-    S, K = len(network.projectors), mhcl_loss.queue.shape[-1]
+    S = len(network.projectors)
     amp_dtype = common.autocast_dtype(args.amp, process.device)
     autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
 
@@ -450,10 +457,10 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
         for group in optimizer.param_groups:
             group["lr"] = lr
         generator = torch.Generator().manual_seed(common.stream_seed(args.seed, "colour", step, process.rank))
-        keys, figures, hard = [], [], None
+        keys, figures, draws = [], [], None
         if args.mhcl:
-            draws = draw_hard(common.stream_seed(args.seed, "hard", step), args.a, args.b, S, K)
-            hard = tuple(draw.to(process.device, non_blocking=True) for draw in draws)
+            draws = draw_hard(common.stream_seed(args.seed, "hard", step), args.a, args.b, S, args.moco_k)
+            draws = tuple(draw.to(process.device, non_blocking=True) for draw in draws)
 
         for micro in range(args.accum_steps):
             crops_q, crops_k = (x.to(process.device, non_blocking=True) for x in meter.fetch(batches))
@@ -466,11 +473,11 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
                 k = shuffle.undo(encoder_k(views_k, bn_groups)[0])  # B x S x C
 
             # Processes exchange gradients with the last micro-batch only.
-            waits = micro < args.accum_steps - 1 and isinstance(encoder_q, DistributedDataParallel)
+            waits = micro < args.accum_steps - 1 and encoder_q is not network
             with encoder_q.no_sync() if waits else nullcontext():
                 with autocast:
                     q, features = encoder_q(views_q, bn_groups)  # B x S x C, B x D
-                loss, new_keys, terms = mhcl_loss(q, k, hard)
+                loss, new_keys, terms = mhcl_loss(q, k, draws)
                 scaler.scale(loss / args.accum_steps).backward()
             keys.append(gather(new_keys, process))
             figures.append({**terms, "feature_std": feature_std(features.detach())})
@@ -505,8 +512,8 @@ def stage_widths(backbone: nn.Module, arch: str, img_size: int, S: int) -> list[
     """Channels of the last S stages, found by running the backbone; fails where it does not have them."""
     reductions = [stage["reduction"] for stage in getattr(backbone, "feature_info", ())][-S:]
     if S > 1 and (len(set(reductions)) < S or not hasattr(backbone, "forward_intermediates")):
-        common.fail(f"--arch {arch}: has no four stages to contrast; ResNet, ResNeXt, WRN, Swin and ConvNeXt "
-                    "do, and --no-mhcl takes any")
+        common.fail(f"--arch {arch}: timm gives no four stages of it to contrast, as it does of ResNet, "
+                    "ResNeXt, WRN, Swin and ConvNeXt; --no-mhcl takes any")
     backbone.eval()
     try:
         with torch.no_grad():
@@ -533,11 +540,13 @@ def batchnorm_groups(encoder: nn.Module, args: argparse.Namespace, process: Proc
     """Parts of a process's batch that BatchNorm sees one by one."""
     if not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in encoder.modules()):
         return 1
-    B = args.batch_size_per_gpu
-    groups = args.bn_groups or (max(2, B // 32) if process.world_size == 1 else 1)  # MoCo's GPUs had 32 each
+    B, groups = args.batch_size_per_gpu, args.bn_groups or 1
+    if process.world_size == 1 and not args.bn_groups:
+        # The most equal parts of 32 images (MoCo's GPUs had 32 each) or more; smaller ones only to have two.
+        groups = next((n for n in range(max(2, B // 32), 1, -1) if B % n == 0), 2)
     if B % groups or B < 2 * groups:
-        common.fail(f"--batch_size_per_gpu {B}: BatchNorm wants {groups} equal groups of 2 images or more; "
-                    "see --bn_groups")
+        common.fail(f"--batch_size_per_gpu {B}: must be cut into {groups} equal parts of 2 images or more "
+                    "for BatchNorm (--bn_groups)")
     return groups
 
 
@@ -625,9 +634,9 @@ def main() -> None:
     if process.is_main:
         derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
-        if args.moco_k > len(paths):
-            print(f"warning: --moco_k {args.moco_k}: the queue is longer than the data, {len(paths)} images, "
-                  "and holds older keys of the query's own image as negatives", file=sys.stderr)
+        if args.moco_k > len(paths) / 2:
+            print(f"warning: --moco_k {args.moco_k}: more than half of the {len(paths)} images; the queue "
+                  "often holds an older key of the query's own image, as a negative", file=sys.stderr)
     log = common.RunLog(out, process, end_step, start_step, header)
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 

@@ -327,7 +327,7 @@ def test_colour_is_torchvisions_sample_by_sample(aug_plus):
 
 def setup_step(script_flags=()):
     """Encoders without BatchNorm, loss and optimizer, and two fixed batches of crops."""
-    flags = ["--data_path", "x", "--output_dir", "x", *tiny("mhcl", *script_flags)]
+    flags = ["--data_path", "x", "--output_dir", "x", *tiny("mhcl", "--moco_k", "24", *script_flags)]
     args = mhcl.get_parser().parse_args(flags)
     torch.manual_seed(0)
     widths = [24, 32, 48, 64] if args.mhcl else [64]
@@ -438,7 +438,9 @@ def test_no_gradient_reaches_the_key_encoder():
 # ------------------------------------------------------------------ whole runs
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-mhcl", "--no-mlp", "--no-aug_plus", "--no-cos"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--no-mhcl", "--no-mlp", "--no-aug_plus", "--no-cos", "--schedule", "1"]]
+)
 def test_whole_run_writes_everything(train, tmp_path, flags):
     saved = train(tmp_path, "--log_every", "2", *flags, script="mhcl")
     rows, scales = (1, 1) if flags else (8, 4)
@@ -511,11 +513,18 @@ def test_either_encoder_can_be_judged_and_taken_further(train, run, scenes, tmp_
         assert torch.equal(second[key][name], saved["encoder_q"][name])
 
 
-def test_a_queue_longer_than_the_data_is_warned_about(train, tmp_path, capsys):
-    train(tmp_path / "a", "--moco_k", "28", "--max_steps", "1", script="mhcl")
+def test_a_queue_of_more_than_half_the_data_is_warned_about(train, tmp_path, capsys):
+    train(tmp_path / "a", "--moco_k", "12", "--max_steps", "1", script="mhcl")
     assert "warning" not in capsys.readouterr().err
-    train(tmp_path / "b", "--moco_k", "32", "--max_steps", "1", script="mhcl")
-    assert "warning: --moco_k 32: the queue is longer than the data, 30 images" in capsys.readouterr().err
+    train(tmp_path / "b", "--moco_k", "16", "--max_steps", "1", script="mhcl")
+    assert "warning: --moco_k 16: more than half of the 30 images" in capsys.readouterr().err
+
+
+def test_a_batch_of_one_image_trains_without_batchnorm(train, tmp_path):
+    saved = train(
+        tmp_path, "--arch", "test_convnext", "--batch_size_per_gpu", "1", "--max_steps", "2", script="mhcl"
+    )
+    assert saved["step"] == 2
 
 
 @pytest.mark.parametrize("arch", ["swin_tiny_patch4_window7_224", "convnext_atto"])
@@ -531,6 +540,8 @@ def test_backbones_without_batchnorm_train_with_adamw(train, tmp_path, arch):
     [
         ("BatchNorm2d", 1, 128, 4),
         ("BatchNorm2d", 1, 24, 2),
+        ("BatchNorm2d", 1, 100, 2),
+        ("BatchNorm2d", 1, 96, 3),
         ("BatchNorm2d", 2, 128, 1),
         ("LayerNorm", 1, 128, 1),
     ],
