@@ -478,7 +478,7 @@ def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict
     known = ("arch", "patch_size", "img_size", "mean", "std")
     info = {name: args.get(name) for name in known} if args else {}
     if key is None:
-        usual = ("teacher", "encoder_q", "state_dict", "model")
+        usual = ("teacher", "encoder_q", "online", "state_dict", "model")
         key = next((name for name in usual if name in checkpoint), None)
     elif key not in checkpoint:
         fail(f"--checkpoint_key {key}: {path} has {', '.join(map(str, list(checkpoint)[:12]))}")

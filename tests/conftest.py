@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import cmid
 import dino_mc
 import eval_knn
 import mhcl
@@ -25,14 +26,20 @@ SMALL += ["--num_workers", "0", "--device", "cpu"]
 METHOD = {
     "dino_mc": "--out_dim 64 --local_crops_number 2".split(),
     "mhcl": "--moco_k 16 --bn_groups 2".split(),
+    "cmid": "--moco_k 16 --mask_patch_size 8 --local_dim 32 --warmup_teacher_temp_epochs 0".split(),
 }
-ARCH = {"dino_mc": "--arch test_vit --patch_size 8".split(), "mhcl": "--arch test_resnet".split()}
+ARCH = {"dino_mc": "--arch test_vit --patch_size 8".split()}
 TRAINING = list(METHOD)
 
 
 def tiny(script, *flags):
     """Flags of a tiny run of a training script; `flags` win."""
-    return [*SMALL, *METHOD[script], *([] if "--arch" in flags else ARCH[script]), *flags]
+    return [
+        *SMALL,
+        *METHOD[script],
+        *([] if "--arch" in flags else ARCH.get(script, ["--arch", "test_resnet"])),
+        *flags,
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +61,7 @@ def run(monkeypatch):
     }
 
     def main(script, *flags):
-        module = {"dino_mc": dino_mc, "mhcl": mhcl, "eval_knn": eval_knn}[script]
+        module = {"dino_mc": dino_mc, "mhcl": mhcl, "cmid": cmid, "eval_knn": eval_knn}[script]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         try:
             module.main()

@@ -15,11 +15,12 @@ import pytest
 import torch
 from conftest import ROOT, TRAINING, assert_same_state, launch, tiny
 
+import cmid
 import dino_mc
 import eval_knn
 import mhcl
 
-SCRIPTS = {"dino_mc": dino_mc, "mhcl": mhcl, "eval_knn": eval_knn}
+SCRIPTS = {"dino_mc": dino_mc, "mhcl": mhcl, "cmid": cmid, "eval_knn": eval_knn}
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "demo/scenes"])
@@ -37,7 +38,7 @@ def example(action):
         return ([action.option_strings[1]], False) if action.default else ([action.option_strings[0]], True)
     if action.choices:
         value = next(choice for choice in action.choices if choice != action.default)
-        return [action.option_strings[0], value], value
+        return [action.option_strings[0], str(value)], value
     value = {int: 7, float: 0.125, None: "word"}[action.type]
     if action.nargs is None:
         return [action.option_strings[0], str(value)], value
@@ -110,6 +111,27 @@ BAD_METHOD = {
         (["--a", "0"], "--a 0.0: must be above 0"),
         (["--b", "-1"], "--b -1.0: must be above 0"),
         (["--moco_t", "0"], "--moco_t 0.0: must be above 0"),
+    ],
+    "cmid": [
+        (["--img_size", "48"], "--img_size 48: must be a multiple of the last map's stride, 32"),
+        (["--mask_patch_size", "12"], "--img_size 32: must be a multiple of --mask_patch_size, 12"),
+        (["--mask_patch_size", "2"], "--mask_patch_size 2: must be a multiple of 4, the stride at"),
+        (
+            ["--mask_stage", "3"],
+            "--mask_patch_size 8: must be a multiple of 16, the stride at --mask_stage 3",
+        ),
+        (["--mask_stage", "4"], "argument --mask_stage: invalid choice: 4"),
+        (["--mask_ratio", "1"], "--mask_ratio 1.0: must mask some of the 16 blocks, not all"),
+        (["--mask_ratio", "0"], "--mask_ratio 0.0: must mask some of the 16 blocks, not all"),
+        (["--mask_patch_size", "32"], "must mask some of the 1 blocks, not all"),
+        (["--arch", "legacy_seresnet18"], "--arch legacy_seresnet18: must be a ResNet"),
+        (["--num_matches", "2"], "--num_matches 2: the last map has 1 positions"),
+        (["--moco_k", "12"], "--moco_k 12: must be a multiple of twice the effective batch, 8, such as 8"),
+        (["--loss_weights", "0", "0", "0"], "--loss_weights 0.0 0.0 0.0: none below 0, one above it"),
+        (["--loss_weights", "1", "-1", "0"], "--loss_weights 1.0 -1.0 0.0: none below 0"),
+        (["--arch", "test_vit"], "--arch test_vit: must be a ResNet, a Swin or a ConvNeXt"),
+        (["--arch", "efficientnet_b0"], "--arch efficientnet_b0: must be a ResNet"),
+        (["--momentum", "2"], "--momentum 2.0: must be between 0 and 1"),
     ],
 }
 BAD = [(script, *bad) for script in TRAINING for bad in BAD_TRAINING + BAD_METHOD[script]]
@@ -271,7 +293,7 @@ def test_output_inside_the_data_is_no_data(run, scenes, tmp_path):
     assert torch.load(data / "out" / "checkpoint.pth", weights_only=True)["images"] == 30
 
 
-@pytest.mark.parametrize("script, flags", [("dino_mc", ["--clip_grad", "0"]), ("mhcl", [])])
+@pytest.mark.parametrize("script, flags", [("dino_mc", ["--clip_grad", "0"]), ("mhcl", []), ("cmid", [])])
 def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path, script, flags):
     base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny(script), "--log_every", "1"]
     with pytest.raises(SystemExit) as stop:

@@ -7,6 +7,7 @@ import signal
 import socket
 
 import pytest
+import test_cmid
 import test_dino_mc
 import test_mhcl
 import torch
@@ -34,8 +35,11 @@ def steps_of_one_process(rank, world_size, port, script, accum_steps, path):
         MASTER_PORT=str(port),
     )
     process = common.init_process("cpu")
-    train_two_steps = {"dino_mc": test_dino_mc, "mhcl": test_mhcl}[script].train_two_steps
-    online, average, loss, meter, _ = train_two_steps(["--accum_steps", str(accum_steps)], process=process)
+    train_two_steps = {"dino_mc": test_dino_mc, "mhcl": test_mhcl, "cmid": test_cmid}[script].train_two_steps
+    # CMID's frequency loss takes the mean spectrum of the own batch, so only the other two are the same.
+    weights = ["--loss_weights", "0", "1", "1"] if script == "cmid" else []
+    flags = ["--accum_steps", str(accum_steps), *weights]
+    online, average, loss, meter, _ = train_two_steps(flags, process=process)
     summary = meter.summary(2, 8)
     flags = common.agree(process, rank == 1, rank == 5)
     if process.is_main:
@@ -48,10 +52,14 @@ def steps_of_one_process(rank, world_size, port, script, accum_steps, path):
 
 def meter_terms(script):
     """What is the same for one process and for several."""
-    return ["loss"] if script == "dino_mc" else ["loss", "top1", "positive", "negative", "cross_entropy"]
+    return {
+        "dino_mc": ["loss"],
+        "mhcl": ["loss", "top1", "positive", "negative", "cross_entropy"],
+        "cmid": ["loss", "global", "local", "match_distance"],
+    }[script]
 
 
-@pytest.mark.parametrize("script, accum_steps", [("dino_mc", 1), ("dino_mc", 2), ("mhcl", 1), ("mhcl", 2)])
+@pytest.mark.parametrize("script, accum_steps", [("dino_mc", 1), ("dino_mc", 2), ("mhcl", 2), ("cmid", 1)])
 def test_two_processes_equal_one_on_the_joint_batch(tmp_path, script, accum_steps):
     """Gradient, centre or queue, average and logged figures; the models have no BatchNorm."""
     results = []
@@ -83,6 +91,7 @@ def finish(process):
     [
         ("dino_mc", ["--arch", "test_resnet", "--batch_size_per_gpu", "2", "--accum_steps", "2"]),
         ("mhcl", ["--batch_size_per_gpu", "2", "--accum_steps", "2", "--bn_groups", "1"]),
+        ("cmid", ["--batch_size_per_gpu", "2", "--accum_steps", "2"]),
     ],
 )
 def test_two_processes_train_stop_and_go_on_bit_for_bit(scenes, tmp_path, script, flags):

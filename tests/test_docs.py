@@ -6,11 +6,12 @@ import shlex
 import pytest
 from conftest import ROOT
 
+import cmid
 import dino_mc
 import eval_knn
 import mhcl
 
-SCRIPTS = {"dino_mc.py": dino_mc, "mhcl.py": mhcl, "eval_knn.py": eval_knn}
+SCRIPTS = {"dino_mc.py": dino_mc, "mhcl.py": mhcl, "cmid.py": cmid, "eval_knn.py": eval_knn}
 
 
 def commands():
@@ -49,6 +50,7 @@ def test_python_of_the_readme_compiles():
     [
         ("dino_mc.py", {"out_dim", "student_temp", "momentum_teacher"}),
         ("mhcl.py", {"moco_k", "moco_t", "moco_m"}),
+        ("cmid.py", {"num_matches", "moco_k", "student_temp"}),
     ],
 )
 def test_symbols_and_flags_of_the_docstrings_exist(script, some):
@@ -56,4 +58,14 @@ def test_symbols_and_flags_of_the_docstrings_exist(script, some):
     table = re.search(r"symbol +variable.*?\n\n", SCRIPTS[script].__doc__, re.S)[0].splitlines()
     named = {word for row in table[1:] for word in re.findall(r"[a-z]+_[a-z_]+", row)}
     assert some <= named
-    assert named - flags <= {"vit_small_patch", "tau_s", "tau_t", "hard_q", "hard_k"}
+    assert named - flags <= {
+        "vit_small_patch",
+        "tau_s",
+        "tau_t",
+        "tau_o",
+        "tau_b",
+        "map_side",
+        "branch_temp",
+        "hard_q",
+        "hard_k",
+    }
