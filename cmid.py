@@ -550,6 +550,12 @@ def feature_std(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
+@torch.no_grad()
+def batch_top1(q: Tensor, k: Tensor) -> Tensor:
+    """% of queries B x 256 whose own key is the nearest of the batch's keys B x 256."""
+    return 100 * ((q @ k.T).argmax(1) == torch.arange(len(q), device=q.device)).float().mean()
+
+
 def teacher_temp_at(epoch: int, warmup: float, final: float, warmup_epochs: int) -> float:
     """tau_b: linear from `warmup` to `final` over the warm-up epochs, then constant."""
     return warmup + (final - warmup) * min(1.0, epoch / warmup_epochs) if warmup_epochs else final
@@ -661,6 +667,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
             branch_means += means / args.accum_steps
             figures.append({"loss": loss.detach(), "reconstruction": l_reconstruction.detach(),
                             "global": l_global.detach(), "local": l_local.detach(),
+                            "batch_top1": (batch_top1(q[0], k[1]) + batch_top1(q[1], k[0])) / 2,
                             "match_distance": distances.mean(), "feature_std": feature_std(pooled.detach())})
 
         scaler.step(optimizer)

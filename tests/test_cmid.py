@@ -547,7 +547,7 @@ def test_whole_run_writes_everything(train, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[0]["scaled_lr"] == pytest.approx(1e-3 * 4 / 64) and lines[0]["num_matches"] == 1
     names = (
-        "loss reconstruction global local match_distance feature_std lr momentum teacher_temp images_per_s"
+        "loss reconstruction global local batch_top1 match_distance feature_std lr momentum teacher_temp images_per_s"
     )
     assert all(math.isfinite(lines[-1][name]) for name in names.split())
     backbone = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0)
@@ -580,3 +580,9 @@ def test_either_encoder_can_be_judged(train, tmp_path):
         assert info["arch"] == "test_resnet" and torch.equal(
             state[name], saved[key or "online"][f"backbone.{name}"]
         )
+
+
+def test_batch_top1_counts_the_queries_that_find_their_own_key():
+    k = torch.eye(5)
+    q = k[[0, 1, 3, 2, 4]]  # two of five look for the other's key
+    assert cmid.batch_top1(q, k).item() == pytest.approx(60)
