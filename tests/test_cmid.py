@@ -546,9 +546,7 @@ def test_whole_run_writes_everything(train, tmp_path):
     assert saved["step"] == 21 and saved["epoch"] == 3
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert lines[0]["scaled_lr"] == pytest.approx(1e-3 * 4 / 64) and lines[0]["num_matches"] == 1
-    names = (
-        "loss reconstruction global local batch_top1 match_distance feature_std lr momentum teacher_temp images_per_s"
-    )
+    names = "loss reconstruction global local batch_top1 match_distance feature_std lr momentum images_per_s"
     assert all(math.isfinite(lines[-1][name]) for name in names.split())
     backbone = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0)
     prefix = "backbone."
@@ -586,3 +584,8 @@ def test_batch_top1_counts_the_queries_that_find_their_own_key():
     k = torch.eye(5)
     q = k[[0, 1, 3, 2, 4]]  # two of five look for the other's key
     assert cmid.batch_top1(q, k).item() == pytest.approx(60)
+
+
+def test_feature_std_is_0_when_collapsed_and_near_1_for_random_features():
+    assert cmid.feature_std(torch.ones(8, 32)) == pytest.approx(0, abs=1e-6)
+    assert cmid.feature_std(torch.randn(5000, 32)).item() == pytest.approx(1, abs=0.02)
