@@ -31,12 +31,13 @@ import timm.layers
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image
+from PIL import Image, ImageSequence
 from torch import Tensor, nn
 from tqdm import tqdm
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
+PIXEL_SUFFIXES = IMAGE_SUFFIXES | {".npy"}  # what read_pixels reads
 
 # --------------------------------------------------------------------------------------------------
 # Errors, processes, seeds
@@ -131,7 +132,8 @@ class UnreadableImageError(Exception):
     """An image file that cannot be decoded; the message names file and reason."""
 
 
-def list_images(root: str | Path, exclude: str | Path | None = None) -> list[str]:
+def list_images(root: str | Path, exclude: str | Path | None = None,
+                suffixes: set[str] = IMAGE_SUFFIXES) -> list[str]:
     """Paths of all images below `root`, links followed, but not in folder `exclude`; sorted."""
     if not os.path.isdir(root):
         fail(f"--data_path {root}: no such folder")
@@ -140,9 +142,9 @@ def list_images(root: str | Path, exclude: str | Path | None = None) -> list[str
         if excluded and os.path.realpath(folder) == excluded:
             continue
         paths += [os.path.join(folder, name) for name in names
-                  if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")]
+                  if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
     if not paths:
-        fail(f"--data_path {root}: no image in it ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        fail(f"--data_path {root}: no image in it ({', '.join(sorted(suffixes))})")
     return sorted(paths)
 
 
@@ -161,12 +163,57 @@ def read_image(path: str | Path) -> Tensor:
         raise UnreadableImageError(f"{path}: {error}") from error
 
 
-def check_images(paths: Sequence[str], img_size: int, sample: int = 32) -> None:
+def read_pixels(path: str | Path, in_chans: int = 3) -> Tensor:
+    """Decodes a file of any number of channels, as SAR and multispectral images have, to in_chans x H x W.
+
+    - An 8-bit image becomes RGB where 3 channels are asked for, as in read_image, and grey where 1 is.
+    - A 16-bit, 32-bit or float image of Pillow's (modes I;16, I, F) has one channel.
+    - Else all bands of all pages have to be `in_chans`: RGBA, or a TIFF with a page for each band.
+    - A .npy file holds H x W or H x W x in_chans numbers.
+
+    8-bit pixels come as uint8, all others as float32, unchanged.
+
+    Raises:
+        UnreadableImageError: the file is damaged or gone, has other channels, or NaN or infinite pixels.
+    """
+    if in_chans == 3 and not str(path).lower().endswith(".npy"):
+        return read_image(path)
+    try:
+        if str(path).lower().endswith(".npy"):
+            pixels = np.load(path, allow_pickle=False)
+        else:
+            with Image.open(path) as image:
+                if ";16" in str(image.tile) and image.mode[0] != "I":  # Pillow would keep the upper 8 bits
+                    raise ValueError("16-bit colour: write a page for each band, or a .npy file")
+                if in_chans == 1 and image.mode[0] not in "IF":
+                    pages = [image.convert("L")]
+                else:
+                    pages = (page.copy() for page in ImageSequence.Iterator(image))
+                pixels = np.dstack([np.asarray(page) for page in pages])
+        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
+        if pixels.ndim != 3 or pixels.shape[2] != in_chans:
+            raise ValueError(f"{' x '.join(map(str, pixels.shape))} pixels, not H x W x {in_chans}")
+        if pixels.dtype != np.uint8:
+            pixels = pixels.astype(np.float32)
+            if not np.isfinite(pixels).all():
+                raise ValueError("NaN or infinite pixels: fill them first")
+        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    except Exception as error:  # decoders raise almost anything on damaged bytes
+        raise UnreadableImageError(f"{path}: {error}") from error
+
+
+def to_float(images: Tensor) -> Tensor:
+    """8-bit pixels to [0, 1]; float pixels, of read_pixels, stay as they are."""
+    return images.float() / 255 if images.dtype == torch.uint8 else images
+
+
+def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tensor] = read_image,
+                 sample: int = 32) -> None:
     """Reads some images, evenly spaced; fails when none is readable or most are smaller than the crop."""
     sides, reason = [], ""
     for path in paths[:: math.ceil(len(paths) / sample)]:
         try:
-            sides.append(min(read_image(path).shape[1:]))
+            sides.append(min(read(path).shape[1:]))
         except UnreadableImageError as error:  # a few are counted and reported when training meets them
             reason = reason or str(error)
     if not sides:
@@ -397,15 +444,16 @@ def _close_names(name: str) -> str:
     return f"; close: {', '.join(close)}" if close else ""
 
 
-def build_backbone(arch: str, img_size: int, patch_size: int | None = None,
-                   drop_path: float = 0) -> nn.Module:
-    """A timm model from N x 3 x H x W to pooled features N x D, for any H and W where it can.
+def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int | None = None,
+                   drop_path: float = 0, in_chans: int = 3) -> nn.Module:
+    """A timm model from N x in_chans x H x W to pooled features N x D, for any H and W where it can.
 
     Its `model_args` attribute holds what timm.create_model needs beside the name to build it again.
     """
     if not timm.is_model(arch):
         fail(f"--arch {arch}: timm has no such model{_close_names(arch)}")
     own = {"patch_size": patch_size} if patch_size else {}
+    own |= {"in_chans": in_chans} if in_chans != 3 else {}
     # Swin takes strict_img_size, ViT dynamic_img_size, convolutional nets neither.
     sized = {"img_size": img_size, **own}
     # 0 is given too, because Swin's own default is .1; a net that takes no rate has none.
@@ -426,26 +474,29 @@ def patch_multiple(backbone: nn.Module) -> int:
     return timm.layers.to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1))[0]
 
 
-def read_weights(source: str, checkpoint_key: str | None = None,
-                 flag: str = "--weights") -> tuple[dict, dict]:
+def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--weights",
+                 whole: bool = False) -> tuple[dict, dict]:
     """Reads backbone weights from an output folder, a checkpoint, a state dict, a timm or hf-hub: name.
 
     Args:
         source: what the user gave.
         checkpoint_key: the entry of a checkpoint to take; None: the network that its run exports.
         flag: the flag to name in errors.
+        whole: keep the rest of the network too, such as MAE's decoder, and the prefix of the backbone.
 
     Returns:
-        state dict of the backbone, without prefixes; what is known of arch, patch_size, img_size, mean, std.
+        state dict of the backbone, without prefixes; what is known of its arch, patch_size, img_size (a side,
+        or height and width), and mean and std of its channels.
     """
     path = Path(source)
     if path.is_dir():
         folder = path / "backbone" if (path / "backbone").is_dir() else path
-        if checkpoint_key is None and (folder / "config.json").is_file():
+        exported = checkpoint_key is None and not (whole and (path / "checkpoint.pth").is_file())
+        if exported and (folder / "config.json").is_file():
             return _read_exported(folder, flag)
         path = path / "checkpoint.pth"
     if path.is_file():
-        return _read_checkpoint(path, checkpoint_key, flag)
+        return _read_checkpoint(path, checkpoint_key, flag, whole)
     if source.startswith("hf-hub:") or timm.is_model(source):
         try:
             model = timm.create_model(source, pretrained=True, num_classes=0)
@@ -464,11 +515,12 @@ def _read_exported(folder: Path, flag: str) -> tuple[dict, dict]:
     except Exception as error:
         fail(f"{flag} {folder}: cannot be read: {error}")
     args, cfg = config.get("model_args", {}), config["pretrained_cfg"]
+    height, width = cfg["input_size"][1:]
     return state, {"arch": config["architecture"], "patch_size": args.get("patch_size"), "mean": cfg["mean"],
-                   "std": cfg["std"], "img_size": cfg["input_size"][-1]}
+                   "std": cfg["std"], "img_size": height if height == width else (height, width)}
 
 
-def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict]:
+def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tuple[dict, dict]:
     try:
         loader = safetensors.torch.load_file if path.suffix == ".safetensors" else load_checkpoint
         checkpoint = loader(path)
@@ -476,7 +528,9 @@ def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
     known = ("arch", "patch_size", "img_size", "mean", "std")
-    info = {name: args.get(name) for name in known} if args else {}
+    info = {name: args[name] for name in known if name in args} if args else {}
+    if isinstance(info.get("img_size"), list):  # one side, or height and width
+        info["img_size"] = tuple(info["img_size"]) if len(set(info["img_size"])) > 1 else info["img_size"][0]
     if key is None:
         usual = ("teacher", "encoder_q", "online", "state_dict", "model")
         key = next((name for name in usual if name in checkpoint), None)
@@ -485,11 +539,21 @@ def _read_checkpoint(path: Path, key: str | None, flag: str) -> tuple[dict, dict
     state = checkpoint[key] if key else checkpoint
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         fail(f"{flag} {path}: {f'its {key} is' if key else 'is'} no state dict of tensors")
-    for prefix in ("module.", "backbone."):
+    for prefix in ("module.",) if whole else ("module.", "backbone."):
         if any(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()
                      if name.startswith(prefix)}
     return state, info
+
+
+def loading_report(source: str, own: dict, state: dict, fitting: dict) -> str:
+    """A line on a network's tensors `own`, those of a file, `state`, and those taken from it, `fitting`."""
+    report = f"{source}: {len(fitting)} of {len(own)} tensors loaded"
+    for what, all_names in (("missing", own), ("not used", state)):
+        names = all_names.keys() - fitting.keys()
+        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+        report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
+    return report
 
 
 def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: bool = False) -> str:
@@ -511,27 +575,23 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
             fitting = fit(state)
         except Exception:  # keys or shapes of quite another model: the count below says so
             pass
-    report = f"{source}: {len(fitting)} of {len(own)} tensors loaded"
-    for what, all_names in (("missing", own), ("not used", state)):
-        names = all_names.keys() - fitting.keys()
-        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
+    report = loading_report(source, own, state, fitting)
     if len(fitting) < 0.9 * len(own) and not (allow_partial and fitting):
         fail(f"{report}: another arch? (--allow_partial takes what fits)")
     backbone.load_state_dict(fitting, strict=False)
     return report
 
 
-def export_backbone(backbone: nn.Module, folder: Path, img_size: int, mean: Sequence[float],
-                    std: Sequence[float]) -> None:
+def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int, int],
+                    mean: Sequence[float], std: Sequence[float]) -> None:
     """Writes config.json and model.safetensors for timm.create_model("local-dir:FOLDER", pretrained=True)."""
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     kept = ("architecture", "first_conv", "classifier", "pool_size")
     backbone.pretrained_cfg = {
         **{key: backbone.pretrained_cfg.get(key) for key in kept}, "num_classes": 0,
-        "input_size": (3, img_size, img_size), "mean": tuple(mean), "std": tuple(std), "crop_pct": 224 / 256,
-        "interpolation": "bicubic"}
+        "input_size": (len(mean), *timm.layers.to_2tuple(img_size)), "mean": tuple(mean), "std": tuple(std),
+        "crop_pct": 224 / 256, "interpolation": "bicubic"}
     timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args), safe_serialization=True)
     shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own is for the owner alone
     folder.mkdir(exist_ok=True)

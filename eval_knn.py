@@ -40,6 +40,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import center_crop, resize
@@ -98,7 +99,7 @@ def class_folders(root: Path) -> dict[str, list[str]]:
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
     if len(folders) < 2:
         common.fail(f"--data_path: {root} has {len(folders)} class folders, two or more are needed")
-    return {folder.name: common.list_images(folder) for folder in folders}
+    return {folder.name: common.list_images(folder, suffixes=common.PIXEL_SUFFIXES) for folder in folders}
 
 
 def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[list, list, list[str], str]:
@@ -129,23 +130,26 @@ def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[li
 
 
 class LabelledImages(torch.utils.data.Dataset):
-    """Images in uint8, the shorter side resized to 256/224 of `img_size`, then cut to it at the centre."""
+    """Images, the shorter side resized to 256/224 of `img_size`, then cut to it at the centre."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int):
-        self.samples, self.img_size = samples, img_size
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int):
+        self.samples, self.img_size, self.in_chans = samples, img_size, in_chans
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        """Returns the crop 3 x img_size x img_size, its class (-1: unreadable), and why it is unreadable."""
+        """Returns the crop in_chans x img_size x img_size, its class (-1: unreadable), and what is wrong.
+
+        The crop is in float: 8-bit pixels in [0, 1], others as they are.
+        """
         path, label = self.samples[index]
         try:
-            image = common.read_image(path)
+            image = common.read_pixels(path, self.in_chans)
         except common.UnreadableImageError as error:
-            return torch.zeros(3, self.img_size, self.img_size, dtype=torch.uint8), -1, str(error)
+            return torch.zeros(self.in_chans, self.img_size, self.img_size), -1, str(error)
         image = resize(image, [self.img_size * 256 // 224], InterpolationMode.BICUBIC, antialias=True)
-        return center_crop(image, [self.img_size, self.img_size]).contiguous(), label, ""
+        return common.to_float(center_crop(image, [self.img_size, self.img_size])).contiguous(), label, ""
 
 
 # --------------------------------------------------------------------------------------------------
@@ -157,7 +161,7 @@ class ImageStats(nn.Module):
     """Mean and standard deviation of each channel: what a backbone has to beat."""
 
     def forward(self, images: Tensor) -> Tensor:
-        """N x 3 x H x W -> N x 6."""
+        """N x C x H x W -> N x 2C."""
         return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
@@ -171,13 +175,13 @@ def extract_features(backbone: nn.Module, samples: list[tuple[str, int]], img_si
     index = torch.arange(len(samples)).split(args.batch_size_per_gpu)
     mine = [batch.tolist() for batch in index[process.rank :: process.world_size]]
     loader = torch.utils.data.DataLoader(
-        LabelledImages(samples, img_size), batch_sampler=mine, pin_memory=process.device.type == "cuda",
-        num_workers=common.worker_count(args.num_workers))
+        LabelledImages(samples, img_size, len(mean)), batch_sampler=mine,
+        num_workers=common.worker_count(args.num_workers), pin_memory=process.device.type == "cuda")
     amp_dtype = common.autocast_dtype(args.amp, process.device)
     features, labels, unreadable = [], [], []
     quiet = not (process.is_main and sys.stderr.isatty())
     for images, label, message in tqdm(loader, "features", leave=False, disable=quiet):
-        x = common.normalize(images.to(process.device, non_blocking=True).float() / 255, mean, std)
+        x = common.normalize(images.to(process.device, non_blocking=True), mean, std)
         with torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
             features.append(backbone(x).float().cpu())
         labels.append(label)
@@ -248,17 +252,21 @@ def prepare(name: str, state: dict, info: dict,
         info: what is known of its arch, patch_size, img_size, mean, std; a baseline borrows it.
         args: the flags.
     """
-    img_size = args.img_size or info.get("img_size") or 224
+    built_size = info.get("img_size", 224)  # a side, or height and width
+    img_size = args.img_size or min(to_2tuple(built_size))
     mean, std = info.get("mean", common.IMAGENET_MEAN), info.get("std", common.IMAGENET_STD)
     if name == "image_stats":
-        return ImageStats(), img_size, (0.0,) * 3, (1.0,) * 3, None, "image_stats: mean and std"
+        C = len(mean)
+        return ImageStats(), img_size, (0.0,) * C, (1.0,) * C, None, "image_stats: mean and std"
     arch = args.arch or info.get("arch")
     if arch is None:
         common.fail(f"--weights {name}: give its --arch")
     if info.get("arch") not in (None, arch):
         common.fail(f"--arch {arch}: {name} holds {info['arch']}")
     torch.manual_seed(args.seed)
-    backbone = common.build_backbone(arch, img_size, args.patch_size or info.get("patch_size"))
+    built_size = built_size if isinstance(built_size, tuple) else img_size  # its positions are of that grid
+    backbone = common.build_backbone(arch, built_size, args.patch_size or info.get("patch_size"),
+                                     in_chans=len(mean))
     report = f"{name}: initial weights of seed {args.seed}"
     if state:
         report = common.load_backbone(backbone, state, name, args.allow_partial)

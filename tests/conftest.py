@@ -11,6 +11,7 @@ import torch
 
 import cmid
 import dino_mc
+import dspt_mae
 import eval_knn
 import mhcl
 from demo.scenes import write_dataset
@@ -27,8 +28,9 @@ METHOD = {
     "dino_mc": "--out_dim 64 --local_crops_number 2".split(),
     "mhcl": "--moco_k 16 --bn_groups 2".split(),
     "cmid": "--moco_k 16 --mask_patch_size 8 --local_dim 32 --warmup_teacher_temp_epochs 0".split(),
+    "dspt_mae": "--decoder_dim 32 --decoder_depth 1 --decoder_heads 2".split(),
 }
-ARCH = {"dino_mc": "--arch test_vit --patch_size 8".split()}
+ARCH = {script: "--arch test_vit --patch_size 8".split() for script in ("dino_mc", "dspt_mae")}
 TRAINING = list(METHOD)
 
 
@@ -61,7 +63,8 @@ def run(monkeypatch):
     }
 
     def main(script, *flags):
-        module = {"dino_mc": dino_mc, "mhcl": mhcl, "cmid": cmid, "eval_knn": eval_knn}[script]
+        modules = (dino_mc, mhcl, cmid, dspt_mae, eval_knn)
+        module = {module.__name__: module for module in modules}[script]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         try:
             module.main()

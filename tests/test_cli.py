@@ -17,10 +17,11 @@ from conftest import ROOT, TRAINING, assert_same_state, launch, tiny
 
 import cmid
 import dino_mc
+import dspt_mae
 import eval_knn
 import mhcl
 
-SCRIPTS = {"dino_mc": dino_mc, "mhcl": mhcl, "cmid": cmid, "eval_knn": eval_knn}
+SCRIPTS = {module.__name__: module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn)}
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "demo/scenes"])
@@ -132,6 +133,22 @@ BAD_METHOD = {
         (["--arch", "test_vit"], "--arch test_vit: must be a ResNet, a Swin or a ConvNeXt"),
         (["--arch", "efficientnet_b0"], "--arch efficientnet_b0: must be a ResNet"),
         (["--momentum", "2"], "--momentum 2.0: must be between 0 and 1"),
+    ],
+    "dspt_mae": [
+        (["--img_size", "30"], "--img_size 30: must be a multiple of the patch, 8"),
+        (["--img_size", "32", "36"], "--img_size 32 36: must be a multiple of the patch, 8"),
+        (["--img_size", "32", "32", "32"], "--img_size 32 32 32: one side, or height and width"),
+        (["--mask_ratio", "1"], "--mask_ratio 1.0: must be between 0 and 1"),
+        (["--mask_ratio", "0"], "--mask_ratio 0.0: must be between 0 and 1"),
+        (["--mask_ratio", "0.95"], "--mask_ratio 0.95: must keep some of the 16 patches, not all"),
+        (["--decoder_dim", "30"], "--decoder_dim 30: must be a multiple of 4, and of --decoder_heads, 2"),
+        (["--decoder_heads", "3"], "--decoder_dim 32: must be a multiple of 4, and of --decoder_heads, 3"),
+        (["--arch", "test_resnet"], "--arch test_resnet: must be a ViT with a class token"),
+        (["--arch", "test_vit2"], "--arch test_vit2: must be a ViT with a class token"),
+        (["--in_chans", "2"], "48 x 48 x 3 pixels, not H x W x 2"),
+        (["--in_chans", "1"], "do not fit the images' 1 channels; measured on some: --mean 0."),
+        (["--mean", "0.5"], "--mean 0.5: --mean and --std do not fit the images' 3 channels"),
+        (["--in_chans", "0"], "--in_chans 0: must be above 0"),
     ],
 }
 BAD = [(script, *bad) for script in TRAINING for bad in BAD_TRAINING + BAD_METHOD[script]]
@@ -293,7 +310,9 @@ def test_output_inside_the_data_is_no_data(run, scenes, tmp_path):
     assert torch.load(data / "out" / "checkpoint.pth", weights_only=True)["images"] == 30
 
 
-@pytest.mark.parametrize("script, flags", [("dino_mc", ["--clip_grad", "0"]), ("mhcl", []), ("cmid", [])])
+@pytest.mark.parametrize(
+    "script, flags", [("dino_mc", ["--clip_grad", "0"]), ("mhcl", []), ("cmid", []), ("dspt_mae", [])]
+)
 def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path, script, flags):
     base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny(script), "--log_every", "1"]
     with pytest.raises(SystemExit) as stop:

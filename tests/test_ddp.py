@@ -9,6 +9,7 @@ import socket
 import pytest
 import test_cmid
 import test_dino_mc
+import test_dspt_mae
 import test_mhcl
 import torch
 import torch.distributed as dist
@@ -35,15 +36,16 @@ def steps_of_one_process(rank, world_size, port, script, accum_steps, path):
         MASTER_PORT=str(port),
     )
     process = common.init_process("cpu")
-    train_two_steps = {"dino_mc": test_dino_mc, "mhcl": test_mhcl, "cmid": test_cmid}[script].train_two_steps
+    tests = {"dino_mc": test_dino_mc, "mhcl": test_mhcl, "cmid": test_cmid, "dspt_mae": test_dspt_mae}
     # CMID's frequency loss takes the mean spectrum of the own batch, so only the other two are the same.
     weights = ["--loss_weights", "0", "1", "1"] if script == "cmid" else []
     flags = ["--accum_steps", str(accum_steps), *weights]
-    online, average, loss, meter, _ = train_two_steps(flags, process=process)
+    online, average, loss, meter, _ = tests[script].train_two_steps(flags, process=process)
     summary = meter.summary(2, 8)
     flags = common.agree(process, rank == 1, rank == 5)
     if process.is_main:
-        state = {"online": online.state_dict(), "average": average.state_dict(), "loss": loss.state_dict()}
+        parts = {"online": online, "average": average, "loss": loss}  # a method may have the first alone
+        state = {name: part.state_dict() for name, part in parts.items() if part}
         terms = {name: torch.tensor(summary[name]) for name in meter_terms(script)}
         torch.save({**state, "terms": terms, "unreadable": summary["unreadable"], "flags": flags}, path)
     if world_size > 1:
@@ -56,10 +58,14 @@ def meter_terms(script):
         "dino_mc": ["loss"],
         "mhcl": ["loss", "top1", "positive", "negative", "cross_entropy"],
         "cmid": ["loss", "global", "local", "match_distance"],
+        "dspt_mae": ["loss", "flat_loss"],
     }[script]
 
 
-@pytest.mark.parametrize("script, accum_steps", [("dino_mc", 1), ("dino_mc", 2), ("mhcl", 2), ("cmid", 1)])
+@pytest.mark.parametrize(
+    "script, accum_steps",
+    [("dino_mc", 1), ("dino_mc", 2), ("mhcl", 2), ("cmid", 1), ("dspt_mae", 1), ("dspt_mae", 2)],
+)
 def test_two_processes_equal_one_on_the_joint_batch(tmp_path, script, accum_steps):
     """Gradient, centre or queue, average and logged figures; the models have no BatchNorm."""
     results = []
@@ -70,7 +76,8 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path, script, accum_step
         mp.start_processes(steps_of_one_process, arguments, nprocs=world_size, start_method="spawn")
         results.append(torch.load(path, weights_only=True))
     one, two = results
-    for part in ("online", "average", "loss", "terms"):
+    assert one.keys() == two.keys() and {"online", "terms"} <= one.keys()
+    for part in one.keys() - {"unreadable", "flags"}:
         assert one[part].keys() == two[part].keys() != set()
         for name, value in one[part].items():
             torch.testing.assert_close(
@@ -92,6 +99,7 @@ def finish(process):
         ("dino_mc", ["--arch", "test_resnet", "--batch_size_per_gpu", "2", "--accum_steps", "2"]),
         ("mhcl", ["--batch_size_per_gpu", "2", "--accum_steps", "2", "--bn_groups", "1"]),
         ("cmid", ["--batch_size_per_gpu", "2", "--accum_steps", "2"]),
+        ("dspt_mae", ["--batch_size_per_gpu", "2", "--accum_steps", "2"]),
     ],
 )
 def test_two_processes_train_stop_and_go_on_bit_for_bit(scenes, tmp_path, script, flags):

@@ -8,10 +8,11 @@ from conftest import ROOT
 
 import cmid
 import dino_mc
+import dspt_mae
 import eval_knn
 import mhcl
 
-SCRIPTS = {"dino_mc.py": dino_mc, "mhcl.py": mhcl, "cmid.py": cmid, "eval_knn.py": eval_knn}
+SCRIPTS = {f"{module.__name__}.py": module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn)}
 
 
 def commands():
@@ -51,6 +52,7 @@ def test_python_of_the_readme_compiles():
         ("dino_mc.py", {"out_dim", "student_temp", "momentum_teacher"}),
         ("mhcl.py", {"moco_k", "moco_t", "moco_m"}),
         ("cmid.py", {"num_matches", "moco_k", "student_temp"}),
+        ("dspt_mae.py", {"mask_ratio", "decoder_dim", "patch_size"}),
     ],
 )
 def test_symbols_and_flags_of_the_docstrings_exist(script, some):

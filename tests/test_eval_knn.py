@@ -108,7 +108,7 @@ def test_image_stats_are_standardised_means_and_deviations(run, scenes, tmp_path
     train, test, classes, _ = eval_knn.load_split(str(scenes), 0.2, 0)
 
     def stats(samples):
-        images = [eval_knn.LabelledImages(samples, 32)[i][0] / 255 for i in range(len(samples))]
+        images = [eval_knn.LabelledImages(samples, 32, 3)[i][0] for i in range(len(samples))]
         return torch.stack(
             [torch.tensor([f(x[c]) for f in (torch.mean, torch.std) for c in range(3)]) for x in images]
         )
