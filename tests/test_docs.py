@@ -62,6 +62,7 @@ def test_symbols_and_flags_of_the_docstrings_exist(script, some):
     assert some <= named
     assert named - flags <= {
         "vit_small_patch",
+        "vit_base_patch",
         "tau_s",
         "tau_t",
         "tau_o",
