@@ -31,7 +31,7 @@ import timm.layers
 import torch
 import torch.distributed as dist
 import torchvision
-from PIL import Image, ImageSequence
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -152,23 +152,38 @@ def read_image(path: str | Path) -> Tensor:
     """Decodes a file to uint8 RGB, 3 x H x W, in channels_last memory (fast to crop and resize).
 
     Raises:
-        UnreadableImageError: the file is damaged, no image, gone, or has more than 8 bits per channel.
+        UnreadableImageError: the file is damaged, no image, gone, has more than 8 bits per channel, or a page
+            for each band.
     """
     try:
         with Image.open(path) as image:
             if image.mode[0] in "IF" or ";16" in str(image.tile):  # Pillow would keep RGB's upper 8 bits only
                 raise ValueError("16-bit or float pixels: stretch them to 8 bits first")
+            if len(pages := _equal_pages(image)) > 1:
+                raise ValueError(f"{len(pages)} pages of one size: one image in colour is needed")
             return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
     except Exception as error:  # decoders raise almost anything on damaged bytes
         raise UnreadableImageError(f"{path}: {error}") from error
 
 
+def _equal_pages(image: Image.Image) -> list[int]:
+    # Pages of a TIFF that are as large as the first: bands. Smaller ones are overviews of it.
+    if image.format != "TIFF" or image.n_frames == 1:
+        return [0]
+    pages, size = [], image.size
+    for page in range(image.n_frames):
+        image.seek(page)
+        pages += [page] * (image.size == size)
+    image.seek(0)
+    return pages
+
+
 def read_pixels(path: str | Path, in_chans: int = 3) -> Tensor:
     """Decodes a file of any number of channels, as SAR and multispectral images have, to in_chans x H x W.
 
-    - An 8-bit image becomes RGB where 3 channels are asked for, as in read_image, and grey where 1 is.
+    - An 8-bit image becomes RGB where 3 channels are asked for, and grey where 1 is.
     - A 16-bit, 32-bit or float image of Pillow's (modes I;16, I, F) has one channel.
-    - Else all bands of all pages have to be `in_chans`: RGBA, or a TIFF with a page for each band.
+    - A TIFF with a page for each band has them all; so has RGBA where 4 channels are asked for.
     - A .npy file holds H x W or H x W x in_chans numbers.
 
     8-bit pixels come as uint8, all others as float32, unchanged.
@@ -176,23 +191,17 @@ def read_pixels(path: str | Path, in_chans: int = 3) -> Tensor:
     Raises:
         UnreadableImageError: the file is damaged or gone, has other channels, or NaN or infinite pixels.
     """
-    if in_chans == 3 and not str(path).lower().endswith(".npy"):
-        return read_image(path)
     try:
         if str(path).lower().endswith(".npy"):
             pixels = np.load(path, allow_pickle=False)
         else:
-            with Image.open(path) as image:
-                if ";16" in str(image.tile) and image.mode[0] != "I":  # Pillow would keep the upper 8 bits
-                    raise ValueError("16-bit colour: write a page for each band, or a .npy file")
-                if in_chans == 1 and image.mode[0] not in "IF":
-                    pages = [image.convert("L")]
-                else:
-                    pages = (page.copy() for page in ImageSequence.Iterator(image))
-                pixels = np.dstack([np.asarray(page) for page in pages])
+            pixels = _read_bands(path, in_chans)
         pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
         if pixels.ndim != 3 or pixels.shape[2] != in_chans:
-            raise ValueError(f"{' x '.join(map(str, pixels.shape))} pixels, not H x W x {in_chans}")
+            shape = " x ".join(map(str, pixels.shape))
+            raise ValueError(f"{shape} pixels, not H x W x {in_chans} (--in_chans)")
+        if np.iscomplexobj(pixels):
+            raise ValueError("complex pixels: write their amplitude or decibels")
         if pixels.dtype != np.uint8:
             pixels = pixels.astype(np.float32)
             if not np.isfinite(pixels).all():
@@ -200,6 +209,20 @@ def read_pixels(path: str | Path, in_chans: int = 3) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     except Exception as error:  # decoders raise almost anything on damaged bytes
         raise UnreadableImageError(f"{path}: {error}") from error
+
+
+def _read_bands(path: str | Path, in_chans: int) -> np.ndarray:
+    with Image.open(path) as image:
+        if ";16" in str(image.tile) and image.mode[0] != "I":  # Pillow would keep the upper 8 bits
+            raise ValueError("16-bit colour: write a page for each band, or a .npy file")
+        pages = _equal_pages(image)
+        if len(pages) == 1 and in_chans in (1, 3) and image.mode[0] not in "IF":
+            return np.array(image.convert("L" if in_chans == 1 else "RGB"))
+        bands = []
+        for page in pages:
+            image.seek(page)
+            bands.append(np.array(image))
+        return np.dstack(bands)
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -576,7 +599,11 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
         except Exception:  # keys or shapes of quite another model: the count below says so
             pass
     report = loading_report(source, own, state, fitting)
-    if len(fitting) < 0.9 * len(own) and not (allow_partial and fitting):
+    # More blocks or layers than the backbone has; not heads, nor the index buffers of older Swins.
+    parts, buffers = {name.split(".")[0] for name in own}, ("relative_position_index", "attn_mask")
+    extra = [name for name in state if name.split(".")[0] in parts and name not in own
+             and not name.endswith(buffers)]
+    if (extra or len(fitting) < 0.9 * len(own)) and not (allow_partial and fitting):
         fail(f"{report}: another arch? (--allow_partial takes what fits)")
     backbone.load_state_dict(fitting, strict=False)
     return report

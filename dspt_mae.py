@@ -15,10 +15,10 @@ data for remote sensing domain", Remote Sensing 2022; first titled "Don't stop p
     python -m torch.distributed.run --nproc_per_node 4 dspt_mae.py --data_path SAR --output_dir OUT2 \
         --init OUT --in_chans 1 --mean .4 --std .2 --epochs 100 --warmup_epochs 5
 
-The encoder, a ViT, sees a random quarter of the patches of each image. A small decoder gets what it makes of
-them, with a mask token in the place of each other patch, and has to paint these. Then the decoder has served;
-the encoder is the backbone. The method's point is `--init`: MAE of ImageNet, or of a first domain, goes on
-with unlabelled images of the domain that counts. Without it this is plain MAE, the baseline.
+The encoder, a ViT, sees a random 25 % of the patches of each image. A small decoder receives their features,
+with one learned mask token for each hidden patch, and predicts the hidden pixels. After training the decoder
+is left behind; the encoder is the backbone. The method's point is `--init`: MAE of ImageNet, or of a first
+domain, goes on with unlabelled images of the domain that counts. Without it this is plain MAE, the baseline.
 
     symbol     variable    flag (default)                 what
     B          B           batch_size_per_gpu (64)        images per process and micro-batch
@@ -87,9 +87,10 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of images, at any depth")
     add("--img_size", type=int, nargs="+", default=[224], help="side of the crops, or height and width")
-    add("--in_chans", type=int, default=3, help="channels; not 3: SAR, multispectral, see above")
-    add("--mean", type=float, nargs="+", default=common.IMAGENET_MEAN, help="of each channel, 8 bits in "
-        "[0, 1]; values of another number of channels: start without, and you are told")
+    add("--in_chans", type=int, default=3, help="1 for SAR, 12 for .npy files H x W x 12; the first "
+        "lines of this file say what is read")
+    add("--mean", type=float, nargs="+", default=common.IMAGENET_MEAN, help="of each channel, 8-bit pixels "
+        "in [0, 1], others in their units; leave it out, and the error gives values measured on the images")
     add("--std", type=float, nargs="+", default=common.IMAGENET_STD, help="of each channel")
     add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
 
@@ -99,7 +100,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=int, help="none: the arch's own; smaller for small images")
     add("--init", help="go on from MAE's checkpoint, with or without decoder, from an output folder, a state "
         "dict, or timm's pretrained weights by name; none: from nothing")
-    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: model of ours")
+    add("--checkpoint_key", help="which entry of a checkpoint --init takes; none: the usual ones")
     add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %% of "
         "the encoder")
 
@@ -112,7 +113,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--decoder_heads", type=int, default=16, help="heads of the decoder; a divisor of its width")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=1600, help="length of all schedules; from --init 100 to 400 go far")
+    add("--epochs", type=int, default=1600, help="length of all schedules; with --init 100 to 400 are enough")
     add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
     add("--accum_steps", type=int, default=1, help="micro-batches per optimizer step, where memory is small")
     add("--lr", type=float, default=1.5e-4, help="at an effective batch of 256; scaled linearly")
@@ -150,6 +151,7 @@ def check_args(args: argparse.Namespace) -> None:
                     f"{args.decoder_heads}")
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    args.img_size = (args.img_size * 2)[:2]  # height and width
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,41 +196,26 @@ def measure_pixels(paths: list[str], in_chans: int, sample: int = 32) -> tuple[t
             images.append(common.read_pixels(path, in_chans))
         except common.UnreadableImageError:
             continue
-    pixels = torch.cat([common.to_float(x).flatten(1)[:, :: 1 + x[0].numel() // 2**16] for x in images], 1)
+    # At most 65,536 pixels of each.
+    pixels = [common.to_float(image).flatten(1)[:, :: 1 + image[0].numel() // 2**16] for image in images]
+    pixels = torch.cat(pixels, 1)
     return images[0].dtype, pixels.mean(1).tolist(), pixels.std(1).tolist()
 
 
 def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
-    """The images' dtype; fails when --mean and --std are not of these channels, and says what they are."""
+    """The images' dtype; fails when --mean and --std are far from these channels', and says what they are."""
     common.check_images(paths, min(args.img_size), partial(common.read_pixels, in_chans=args.in_chans))
-    dtype, mean, std = measure_pixels(paths, args.in_chans)
-    values = list(zip(args.mean, args.std, mean, std, strict=False))
+    dtype, own_mean, own_std = measure_pixels(paths, args.in_chans)
     fits = len(args.mean) == len(args.std) == args.in_chans
-    if not fits or any(abs(m - own) > 10 * s or own_std > 10 * s for m, s, own, own_std in values):
+    for mean, std, m, s in zip(args.mean, args.std, own_mean, own_std, strict=False):
+        fits &= abs(m - mean) < 10 * std and s < 10 * std and (std < 10 * s or s == 0)
+    if not fits:
         given = " ".join(map(str, args.mean))
-        mean, std = (" ".join(f"{value:.4g}" for value in values) for values in (mean, std))
+        mean = " ".join(f"{m:.4g}" for m in own_mean)
+        std = " ".join(f"{s or 1:.4g}" for s in own_std)  # 1 for a constant channel
         common.fail(f"--mean {given}: --mean and --std do not fit the images' {args.in_chans} channels; "
                     f"measured on some: --mean {mean} --std {std}")
     return dtype
-
-
-def random_masking(B: int, N: int, mask_ratio: float,
-                   generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Which patches each image keeps: int(N * (1 - mask_ratio)) at random.
-
-    Returns:
-        ids_keep B x n; ids_restore B x N, the place of each patch among kept ones, then masked ones;
-        mask B x N, 1 = removed.
-    """
-    n = kept_patches(N, mask_ratio)
-    ids_shuffle = torch.rand(B, N, generator=generator).argsort(1)
-    ids_restore = ids_shuffle.argsort(1)
-    return ids_shuffle[:, :n], ids_restore, (ids_restore >= n).float()
-
-
-def kept_patches(N: int, mask_ratio: float) -> int:
-    """Number of patches kept, int(N * (1 - mask_ratio)), the product rounded to 6 digits."""
-    return int(round(N * (1 - mask_ratio), 6))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,6 +235,25 @@ def sincos_positions(D: int, grid: tuple[int, int]) -> Tensor:
     angles = [number.reshape(-1, 1) * omega for number in (column, row)]  # h*w x D/4 each
     positions = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)
     return torch.cat([torch.zeros(1, D), positions.float()])
+
+
+def kept_patches(N: int, mask_ratio: float) -> int:
+    """How many of N patches are kept, int(N * (1 - mask_ratio)); 10 * (1 - .9) is .999... and means 1."""
+    return int(round(N * (1 - mask_ratio), 6))
+
+
+def random_masking(B: int, N: int, mask_ratio: float,
+                   generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Which patches each image keeps: int(N * (1 - mask_ratio)) at random.
+
+    Returns:
+        ids_keep B x n; ids_restore B x N, the place of each patch among kept ones, then masked ones;
+        mask B x N, 1 = removed.
+    """
+    n = kept_patches(N, mask_ratio)
+    ids_shuffle = torch.rand(B, N, generator=generator).argsort(1)
+    ids_restore = ids_shuffle.argsort(1)
+    return ids_shuffle[:, :n], ids_restore, (ids_restore >= n).float()
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
@@ -300,10 +306,12 @@ class MaskedAutoencoder(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         projection = self.backbone.patch_embed.proj  # a linear layer on patches, though it is a convolution
         nn.init.xavier_uniform_(projection.weight.data.view(len(projection.weight), -1))
-        nn.init.zeros_(projection.bias)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
         nn.init.normal_(self.backbone.cls_token, std=0.02)
         nn.init.normal_(self.mask_token, std=0.02)
         self.backbone.pos_embed.data.copy_(sincos_positions(self.backbone.embed_dim, grid))
@@ -347,28 +355,35 @@ def convert_positions(pos_embed: Tensor, grid: tuple[int, int],
         old_grid: h, w in the file, if known; None: they are equal.
     """
     D, N = pos_embed.shape[2], pos_embed.shape[1] - 1
-    for h in (h for h in range(1, N + 1) if N % h == 0):
-        if torch.allclose(pos_embed[0], sincos_positions(D, (h, N // h)), atol=1e-4):
-            how = "of the file" if grid == (h, N // h) else \
-                f"of {h} x {N // h} computed anew for {grid[0]} x {grid[1]}"
+    now = f"{grid[0]} x {grid[1]}"
+    for h in range(1, N + 1):
+        if N % h == 0 and torch.allclose(pos_embed[0], sincos_positions(D, (h, N // h)), atol=1e-3):
+            how = "of the file" if grid == (h, N // h) else f"of {h} x {N // h} computed anew for {now}"
             return sincos_positions(D, grid).unsqueeze(0), f"fixed positions {how}"
     side = math.isqrt(N)
     h, w = old_grid or (side, side)
     if h * w != N:
-        common.fail(f"--init: its {N} positions are of an unknown grid")
+        common.fail(f"--init: its {N + 1} positions are not those of a class token and a known grid")
     if (h, w) == grid:
         return pos_embed, "learned positions of the file, from now on fixed"
     resampled = resample_abs_pos_embed(pos_embed, list(grid), [h, w], num_prefix_tokens=1)
-    return resampled, f"learned positions of {h} x {w} resampled to {grid[0]} x {grid[1]}, from now on fixed"
+    return resampled, f"learned positions of {h} x {w} resampled to {now}, from now on fixed"
 
 
 def convert_projection(weight: Tensor, in_chans: int, p: int) -> tuple[Tensor, str]:
-    """Patch projection D x C x p x p of a file, for `in_chans` channels and patches of `p`, and in words."""
+    """Patch projection D x C x p x p of a file, for `in_chans` channels and patches of `p`, and in words.
+
+    One channel counts as C equal ones would. Colour to more channels repeats them, as timm does; between any
+    other numbers all new channels get the old ones' mean. The sum of the weights stays.
+    """
     _, C, old_p, _ = weight.shape
     words = []
-    if C == 3 != in_chans:
-        weight = timm.models.adapt_input_conv(in_chans, weight)
-        words.append(f"patch projection of 3 channels converted to {in_chans}")
+    if C != in_chans:
+        words.append(f"patch projection of {C} channels converted to {in_chans}")
+        if C == 3:
+            weight = timm.models.adapt_input_conv(in_chans, weight)
+        else:
+            weight = (weight.sum(1, keepdim=True) / in_chans).expand(-1, in_chans, -1, -1)
     if old_p != p:
         weight = resample_patch_embed(weight, [p, p])
         words.append(f"patch projection of {old_p} px resampled to {p} px")
@@ -383,6 +398,7 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     """
     vit = network.backbone
     state, info = common.read_weights(args.init, args.checkpoint_key, "--init", whole=True)
+    state = {name: x.float() for name, x in state.items()}
     encoder = {name: x for name, x in state.items() if not name.startswith(("decoder_", "mask_token"))}
     decoder = {name: x for name, x in state.items() if name not in encoder and name != "decoder_pos_embed"}
     if any(name.startswith("backbone.") for name in encoder):  # of ours
@@ -400,6 +416,9 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
             old_grid = tuple(side // weight.shape[-1] for side in size) if isinstance(size, tuple) else None
             encoder["pos_embed"], how = convert_positions(pos_embed, vit.patch_embed.grid_size, old_grid)
             words.append(how)
+    if "mean" in info and (list(info["mean"]), list(info["std"])) != (list(args.mean), list(args.std)):
+        mean, std = (" ".join(map(str, info[name])) for name in ("mean", "std"))
+        words.append(f"trained with --mean {mean} --std {std}")
     report = common.load_backbone(vit, encoder, f"encoder from --init {args.init}", args.allow_partial)
     lines = ["; ".join([report, *words])]
 
@@ -407,8 +426,11 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     fits = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape
             and (same_patches or not name.startswith("decoder_pred"))}
     network.load_state_dict(fits, strict=False)
-    report = common.loading_report("decoder", own, decoder, fits) if decoder else "decoder: none in the file"
-    return [*lines, report if len(fits) == len(own) else f"{report}; what is missing starts fresh"]
+    report = "decoder: none in the file, starts fresh"
+    if decoder:
+        report = common.loading_report("decoder", own, decoder, fits)
+        report += "; what is missing starts fresh" * (len(fits) < len(own))
+    return [*lines, report]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,7 +508,7 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
             patches = patchify(images, p)
             target = normalize_patches(patches)[0] if args.norm_pix_loss else patches
             if process.is_main and step == 0 and micro == 0:
-                save_pictures("views.png", images, patches, mask, None, p, grid, args)
+                save_pictures("views.png", images, patches, mask, None, p, grid, crops.dtype, args)
 
             # Processes exchange gradients with the last micro-batch only.
             waits = micro < args.accum_steps - 1 and model is not network
@@ -495,8 +517,9 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
                     prediction, features = model(images, ids_keep, ids_restore)
                 loss = mae_loss(prediction, target, mask)
                 scaler.scale(loss / args.accum_steps).backward()
-            flat = mae_loss(target.mean(-1, keepdim=True), target, mask)
-            figures.append({"loss": loss.detach(), "flat_loss": flat,
+            # What it would cost to paint each hidden patch in its own mean; about 1 with norm_pix_loss.
+            flat_loss = mae_loss(target.mean(-1, keepdim=True), target, mask)
+            figures.append({"loss": loss.detach(), "flat_loss": flat_loss,
                             "feature_std": feature_std(features.detach())})
 
         scaler.step(optimizer)
@@ -505,17 +528,17 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
 
         meter.end_step({name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]})
         draw = partial(save_pictures, "reconstruction.png", images, patches, mask, prediction.detach(), p,
-                       grid, args)
+                       grid, crops.dtype, args)
         if after_step(step + 1, now, draw):
             return True
     return False
 
 
 def save_pictures(name: str, images: Tensor, patches: Tensor, mask: Tensor, prediction: Tensor | None, p: int,
-                  grid: tuple[int, int], args: argparse.Namespace) -> None:
+                  grid: tuple[int, int], dtype: torch.dtype, args: argparse.Namespace) -> None:
     """Draws a row for each of up to 8 images: itself, what the encoder sees, the prediction elsewhere.
 
-    Of other channels than 3 it shows the first in grey, or the first three, from -2 to 2 deviations.
+    What is no 8-bit RGB is shown from -2 to 2 deviations: the first three channels, or the first in grey.
     """
     images, patches, masked = images[:8], patches[:8], mask[:8].unsqueeze(-1) > 0  # masked 8 x N x 1
     columns = [images, unpatchify(patches.masked_fill(masked, 0), p, grid)]
@@ -525,9 +548,10 @@ def save_pictures(name: str, images: Tensor, patches: Tensor, mask: Tensor, pred
             _, mean, std = normalize_patches(patches)
             prediction = prediction * std + mean
         columns.append(unpatchify(torch.where(masked, prediction, patches), p, grid))
-    mean, std = (args.mean, args.std) if args.in_chans == 3 else ((0.5,) * 3, (0.25,) * 3)
-    if args.in_chans != 3:
-        columns = [x[:, :3] if args.in_chans > 3 else x[:, :1].expand(-1, 3, -1, -1) for x in columns]
+    mean, std = args.mean, args.std
+    if args.in_chans != 3 or dtype != torch.uint8:
+        columns = [x[:, :3] if args.in_chans >= 3 else x[:, :1].expand(-1, 3, -1, -1) for x in columns]
+        mean, std = (0.5,) * 3, (0.25,) * 3
     common.save_grid(Path(args.output_dir) / name, list(zip(*columns, strict=True)), mean, std)
 
 
@@ -538,9 +562,8 @@ def save_pictures(name: str, images: Tensor, patches: Tensor, mask: Tensor, pred
 
 def build_network(args: argparse.Namespace) -> MaskedAutoencoder:
     """The autoencoder; the same initial weights in all processes, from --seed."""
-    size = args.img_size[0] if len(set(args.img_size)) == 1 else tuple(args.img_size)
     torch.manual_seed(args.seed)
-    vit = common.build_backbone(args.arch, size, args.patch_size, in_chans=args.in_chans)
+    vit = common.build_backbone(args.arch, tuple(args.img_size), args.patch_size, in_chans=args.in_chans)
     plain = isinstance(vit, VisionTransformer) and type(vit.patch_embed) is PatchEmbed
     if not plain or vit.global_pool != "token" or vit.num_prefix_tokens != 1 or vit.no_embed_class:
         common.fail(f"--arch {args.arch}: must be a ViT with a class token, its position and no other token")
@@ -579,8 +602,9 @@ def main() -> None:
     network = build_network(args)
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
     saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
-    init = []
-    if not saved:
+    if saved:
+        init = [f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)]
+    else:
         init = load_init(network, args) if args.init else ["from nothing: plain MAE"]
     network.to(process.device)
     optimizer = timm.optim.create_optimizer_v2(common.param_groups(network), opt="adamw", lr=args.lr,
@@ -663,7 +687,7 @@ def main() -> None:
     log.close()
     if process.is_main:
         print(f"stopped by a signal after a checkpoint; the same command goes on: {out}" if stopped else
-              f"{end_step} steps done. Judge it: python eval_knn.py --data_path LABELLED --weights {out}")
+              f"{end_step} steps done. Look at {out}/reconstruction.png; kNN says little about MAE")
     if process.world_size > 1:
         dist.destroy_process_group()
 

@@ -284,13 +284,56 @@ def test_pixels_that_cannot_be_used_are_unreadable(tmp_path):
     np.save(tmp_path / "code.npy", np.array([{}], dtype=object), allow_pickle=True)
     (tmp_path / "text.npy").write_text("no array")
     np.save(tmp_path / "deep.npy", np.zeros((2, 8, 8, 1)))
+    np.save(tmp_path / "complex.npy", np.zeros((8, 8), np.complex64))
     reasons = {"nan": "NaN or infinite", "code": "pickle", "text": "", "deep": "2 x 8 x 8 x 1 pixels"}
+    reasons["complex"] = "complex pixels"
     for name, reason in reasons.items():
         with pytest.raises(common.UnreadableImageError, match=f"{name}.npy: .*{reason}"):
             common.read_pixels(tmp_path / f"{name}.npy", 1)
     Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
     assert common.read_pixels(tmp_path / "red.png", 1).unique().tolist() == [76]  # luma
     assert common.read_pixels(tmp_path / "red.png", 3).shape == (3, 8, 8)
+
+
+def test_pages_are_bands_where_they_are_of_one_size(tmp_path):
+    pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (10, 100, 200)]
+    pages[0].save(tmp_path / "bands.tif", save_all=True, append_images=pages[1:])
+    pixels = common.read_pixels(tmp_path / "bands.tif", 3)
+    assert pixels[:, 0, 0].tolist() == [10, 100, 200]
+    for read in (common.read_image, lambda path: common.read_pixels(path, 1)):
+        with pytest.raises(common.UnreadableImageError):
+            read(tmp_path / "bands.tif")
+    colour = Image.new("RGB", (8, 8), (1, 2, 3))
+    overviews = [colour.resize((side, side)) for side in (4, 2)]
+    colour.save(tmp_path / "overviews.tif", save_all=True, append_images=overviews)
+    for read in (common.read_image, common.read_pixels):
+        assert read(tmp_path / "overviews.tif")[:, 0, 0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "mean, std, fits",
+    [
+        (100, 10, True),
+        (120, 50, True),
+        (0.4, 0.1, False),
+        (100, 1000, False),
+        (100, 0.5, False),
+        (500, 30, False),
+    ],
+)
+def test_mean_and_std_far_from_the_images_are_refused(tmp_path, capsys, mean, std, fits):
+    for i in range(4):
+        pixels = np.random.default_rng(i).normal(100, 10, (40, 40)).astype(np.float32)
+        np.save(tmp_path / f"{i}.npy", np.dstack([pixels, np.full_like(pixels, 7)]))  # the second is constant
+    args = make_args("--in_chans", 2, "--mean", mean, 7, "--std", std, 1)
+    paths = sorted(map(str, tmp_path.glob("*.npy")))
+    if fits:
+        assert dspt_mae.check_pixels(paths, args) == torch.float32
+    else:
+        with pytest.raises(SystemExit):
+            dspt_mae.check_pixels(paths, args)
+        words = capsys.readouterr().err.split("measured on some: ")[1].split()
+        assert words[0::3] == ["--mean", "--std"] and words[2] == "7" and words[5] == "1"
 
 
 def test_pixels_of_another_type_are_not_mixed_in(tmp_path):
@@ -408,7 +451,7 @@ def test_encoder_only_files_start_a_fresh_decoder(tmp_path):
         torch.save(content, tmp_path / f"{number}.pth")
         network, lines = init_from(tmp_path / f"{number}.pth")
         assert "0 missing, 2 not used (head.bias, head.weight)" in lines[0]
-        assert lines[1] == "decoder: none in the file; what is missing starts fresh"
+        assert lines[1] == "decoder: none in the file, starts fresh"
         assert_same(network.backbone.state_dict(), source.backbone.state_dict())
 
 
@@ -528,7 +571,45 @@ def test_patches_of_equal_length_but_other_shape_start_a_fresh_prediction_layer(
     torch.save(public_layout(small_model(16, 4, 12)), tmp_path / "mae.pth")
     network, lines = init_from(tmp_path / "mae.pth")
     assert "2 missing (decoder_pred.bias, decoder_pred.weight)" in lines[1]
-    assert "1 missing (patch_embed.proj.weight)" in lines[0]  # 12 channels cannot be made 3
+    assert "12 channels converted to 3" in lines[0] and "0 missing" in lines[0]
+
+
+@pytest.mark.parametrize("C, in_chans", [(1, 3), (1, 12), (12, 3), (12, 1), (4, 12)])
+def test_between_any_channels_equal_ones_give_the_same_tokens(C, in_chans):
+    weight = rand(8, C, 4, 4)
+    converted, words = dspt_mae.convert_projection(weight, in_chans, 4)
+    assert words == f"patch projection of {C} channels converted to {in_chans}"
+    grey = rand(1, 1, 4, 4, seed=1)
+    before, after = (F.conv2d(grey.expand(-1, w.shape[1], -1, -1), w) for w in (weight, converted))
+    torch.testing.assert_close(after, before)
+
+
+def test_half_precision_weights_and_other_pixels_are_taken(tmp_path):
+    source = moved(small_model(seed=5))
+    torch.save({name: x.half() for name, x in public_layout(source)["model"].items()}, tmp_path / "half.pth")
+    _, lines = init_from(tmp_path / "half.pth")
+    assert "0 missing" in lines[0] and "fixed positions of the file" in lines[0]
+    common.export_backbone(source.backbone, tmp_path / "backbone", 32, (0.5,) * 3, (0.25,) * 3)
+    _, lines = init_from(tmp_path / "backbone")
+    assert "trained with --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25" in lines[0]
+
+
+def test_weights_with_more_parts_than_the_arch_are_refused(tmp_path, capsys):
+    """LayerScale, or more blocks: every tensor of the arch would be filled, and the features be others."""
+    state = public_layout(small_model())["model"]
+    for extra in ("blocks.0.ls1.gamma", "blocks.6.norm1.weight"):
+        torch.save(state | {extra: torch.ones(64)}, tmp_path / "more.pth")
+        with pytest.raises(SystemExit):
+            init_from(tmp_path / "more.pth")
+        assert f"1 not used ({extra}): another arch?" in capsys.readouterr().err
+
+
+def test_a_vit_without_biases_in_its_projection_trains(tmp_path):
+    network = dspt_mae.build_network(
+        make_args("--arch", "vit_base_patch16_clip_224", "--patch_size", "16", "--img_size", "32")
+    )
+    ids_keep, ids_restore, _ = dspt_mae.random_masking(1, 4, 0.75, generator())
+    assert network(rand(1, 3, 32, 32), ids_keep, ids_restore)[0].shape == (1, 4, 768)
 
 
 def test_decoder_of_another_width_starts_fresh(tmp_path):
@@ -726,14 +807,16 @@ def test_learning_rate_is_a_cosine_after_its_warm_up(train, tmp_path):
     assert [line["lr"] for line in lines] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 @pytest.mark.parametrize("flags", [["--no-norm_pix_loss"], ["--norm_pix_loss"]])
-def test_reconstruction_shows_the_prediction_in_pixels(tmp_path, flags):
+def test_reconstruction_shows_the_prediction_in_pixels(tmp_path, flags, dtype):
     """A perfect prediction gives the source back, in the third column, with either kind of targets."""
     args = make_args("--output_dir", tmp_path, *flags)
     images = common.normalize(torch.rand(2, 3, 32, 32, generator=generator()), args.mean, args.std)
     patches, mask = dspt_mae.patchify(images, 8), dspt_mae.random_masking(2, 16, 0.75, generator())[2]
     target = dspt_mae.normalize_patches(patches)[0] if args.norm_pix_loss else patches
-    dspt_mae.save_pictures("reconstruction.png", images, patches, mask, target, 8, (4, 4), args)
+    shown = patches, mask, target, 8, (4, 4), dtype, args
+    dspt_mae.save_pictures("reconstruction.png", images, *shown)
     picture = np.asarray(Image.open(tmp_path / "reconstruction.png")).astype(int)
     source, masked, painted = (picture[2:34, 2 + 34 * column :][:, :32] for column in range(3))
     assert np.abs(source - painted).max() <= 1 and np.abs(source - masked).max() > 50
