@@ -148,8 +148,12 @@ class LabelledImages(torch.utils.data.Dataset):
             image = common.read_pixels(path, self.in_chans)
         except common.UnreadableImageError as error:
             return torch.zeros(self.in_chans, self.img_size, self.img_size), -1, str(error)
+        return common.to_float(self.crop(image)).contiguous(), label, ""
+
+    def crop(self, image: Tensor) -> Tensor:
+        """The middle of the image C x H x W: C x img_size x img_size."""
         image = resize(image, [self.img_size * 256 // 224], InterpolationMode.BICUBIC, antialias=True)
-        return common.to_float(center_crop(image, [self.img_size, self.img_size])).contiguous(), label, ""
+        return center_crop(image, [self.img_size, self.img_size])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -166,17 +170,17 @@ class ImageStats(nn.Module):
 
 
 @torch.inference_mode()
-def extract_features(backbone: nn.Module, samples: list[tuple[str, int]], img_size: int, mean: tuple,
-                     std: tuple, args: argparse.Namespace, process: Process) -> tuple[Tensor, Tensor]:
+def extract_features(backbone: nn.Module, dataset: torch.utils.data.Dataset, mean: tuple, std: tuple,
+                     args: argparse.Namespace, process: Process) -> tuple[Tensor, Tensor]:
     """Features N x D (float32, unnormalised) and labels N of all images, in their order, in every process.
 
     Batches are dealt out to the processes whole, so each is the same whatever their number.
     """
-    index = torch.arange(len(samples)).split(args.batch_size_per_gpu)
+    index = torch.arange(len(dataset)).split(args.batch_size_per_gpu)
     mine = [batch.tolist() for batch in index[process.rank :: process.world_size]]
     loader = torch.utils.data.DataLoader(
-        LabelledImages(samples, img_size, len(mean)), batch_sampler=mine,
-        num_workers=common.worker_count(args.num_workers), pin_memory=process.device.type == "cuda")
+        dataset, batch_sampler=mine, num_workers=common.worker_count(args.num_workers),
+        pin_memory=process.device.type == "cuda")
     amp_dtype = common.autocast_dtype(args.amp, process.device)
     features, labels, unreadable = [], [], []
     quiet = not (process.is_main and sys.stderr.isatty())
@@ -196,8 +200,8 @@ def extract_features(backbone: nn.Module, samples: list[tuple[str, int]], img_si
     batches = [parts[i % process.world_size][i // process.world_size] for i in range(len(index))]
     features, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     lost = int((labels < 0).sum())
-    if lost > 0.01 * len(samples):
-        common.fail(f"--data_path: {lost} of {len(samples)} images are unreadable, more than 1 %", code=1)
+    if lost > 0.01 * len(dataset):
+        common.fail(f"--data_path: {lost} of {len(dataset)} images are unreadable, more than 1 %", code=1)
     return features[labels >= 0], labels[labels >= 0]
 
 
@@ -242,8 +246,8 @@ def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int]
 BASELINES = ("random", "image_stats")
 
 
-def prepare(name: str, state: dict, info: dict,
-            args: argparse.Namespace) -> tuple[nn.Module, int, tuple, tuple, str | None, str]:
+def prepare(name: str, state: dict, info: dict, args: argparse.Namespace,
+            drop_path: float = 0) -> tuple[nn.Module, int, tuple, tuple, str | None, str]:
     """Backbone, crop size, mean, std, arch and a report for one of --weights.
 
     Args:
@@ -251,6 +255,7 @@ def prepare(name: str, state: dict, info: dict,
         state: state dict; empty for the baselines.
         info: what is known of its arch, patch_size, img_size, mean, std; a baseline borrows it.
         args: the flags.
+        drop_path: of the backbone, to train it.
     """
     built_size = info.get("img_size", 224)  # a side, or height and width
     img_size = args.img_size or min(to_2tuple(built_size))
@@ -265,8 +270,8 @@ def prepare(name: str, state: dict, info: dict,
         common.fail(f"--arch {arch}: {name} holds {info['arch']}")
     torch.manual_seed(args.seed)
     built_size = built_size if isinstance(built_size, tuple) else img_size  # its positions are of that grid
-    backbone = common.build_backbone(arch, built_size, args.patch_size or info.get("patch_size"),
-                                     in_chans=len(mean))
+    backbone = common.build_backbone(arch, built_size, args.patch_size or info.get("patch_size"), drop_path,
+                                     len(mean))
     report = f"{name}: initial weights of seed {args.seed}"
     if state:
         report = common.load_backbone(backbone, state, name, args.allow_partial)
@@ -280,8 +285,9 @@ def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train:
              args: argparse.Namespace, process: Process) -> dict:
     """Top-1 in percent for each k, and with --per_class that of each class at the first k."""
     backbone = backbone.to(process.device).eval()
-    train_x, train_y = extract_features(backbone, train, img_size, mean, std, args, process)
-    test_x, test_y = extract_features(backbone, test, img_size, mean, std, args, process)
+    (train_x, train_y), (test_x, test_y) = (
+        extract_features(backbone, LabelledImages(part, img_size, len(mean)), mean, std, args, process)
+        for part in (train, test))
     if isinstance(backbone, ImageStats):
         center, spread = train_x.mean(0), train_x.std(0)
         train_x, test_x = (train_x - center) / spread, (test_x - center) / spread

@@ -13,6 +13,7 @@ import cmid
 import dino_mc
 import dspt_mae
 import eval_knn
+import eval_linear
 import mhcl
 from demo.scenes import write_dataset
 
@@ -63,7 +64,7 @@ def run(monkeypatch):
     }
 
     def main(script, *flags):
-        modules = (dino_mc, mhcl, cmid, dspt_mae, eval_knn)
+        modules = (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)
         module = {module.__name__: module for module in modules}[script]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         try:

@@ -19,9 +19,10 @@ import cmid
 import dino_mc
 import dspt_mae
 import eval_knn
+import eval_linear
 import mhcl
 
-SCRIPTS = {module.__name__: module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn)}
+SCRIPTS = {module.__name__: module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)}
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "demo/scenes"])
@@ -235,6 +236,57 @@ def test_bad_evaluation_input_is_one_line(run, capsys, scenes, places, tmp_path,
         message,
     )
     assert not (tmp_path / "results.jsonl").exists()
+
+
+BAD_LINEAR = [
+    (["--data_path", "/nonexistent"], "no such folder"),
+    (["--predict", "EMPTY"], "--data_path or --predict: give one of the two"),
+    (["--weights", "random"], "--weights random: give its --arch"),
+    (["--weights", "TEXT"], "no PyTorch file"),
+    (["--weights", "RESNET", "--arch", "test_resnet"], "another arch?"),
+    (["--lrs", "0"], "--lrs 0.0: must be above 0"),
+    (["--val_fraction", "0"], "--val_fraction 0.0: must be between 0 and 1"),
+    (["--layer_decay", "1.1"], "--layer_decay 1.1: must be above 0, at most 1"),
+    (["--schedule", "60", "100"], "--schedule 60 100: must be between 0 and --epochs 100"),
+    (["--protocol", "paper", "--augment_passes", "3"], "--protocol paper has new crops in each epoch"),
+    (["--n_last_blocks", "2", "--weights", "random", "--arch", "test_resnet"], "no ViT with a class token"),
+    (
+        ["--n_last_blocks", "9", "--weights", "random", "--arch", "test_vit"],
+        "--n_last_blocks 9: random has 6",
+    ),
+    (["--drop_path", "0.1"], "--drop_path 0.1: only with --finetune"),
+    (["--rand_augment", "11"], "--rand_augment 11.0: must be at most 10"),
+    (["--erase", "2"], "--erase 2.0: must be between 0 and 1"),
+    (["--finetune"], "--weights image_stats: has nothing to fine-tune"),
+    (["--finetune", "--weights", "random", "image_stats"], "one at a time with --finetune and --predict"),
+    (["--finetune", "--weights", "random", "--avgpool"], "--avgpool, --augment_passes, --schedule: not with"),
+    (
+        ["--finetune", "--weights", "random", "--epochs", "5"],
+        "--warmup_epochs 5: must be less than --epochs 5",
+    ),
+    (
+        ["--finetune", "--weights", "random", "--arch", "test_resnet", "--batch_size_per_gpu", "31"],
+        "31: the effective batch, 31, is larger than the data, 30",
+    ),
+]
+
+
+@pytest.mark.parametrize("flags, message", BAD_LINEAR, ids=[" ".join(flags) for flags, _ in BAD_LINEAR])
+def test_bad_probe_input_is_one_line(run, capsys, scenes, places, tmp_path, flags, message):
+    flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
+    base = ["--data_path", scenes, "--weights", "image_stats", "--output_dir", tmp_path, "--num_workers", "0"]
+    with pytest.raises(SystemExit) as stop:
+        run("eval_linear", *base, "--device", "cpu", "--img_size", "32", *flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) == 1 and message in error, error
+    assert not (tmp_path / "results.jsonl").exists()
+
+
+def test_prediction_needs_a_head(run, capsys, scenes, tmp_path):
+    base = ["--predict", scenes / "val", "--output_dir", tmp_path, "--num_workers", "0", "--device", "cpu"]
+    refused(run, capsys, "eval_linear", [*base, "--weights", tmp_path], "no head.pth in it")
+    (tmp_path / "head.pth").write_text("nonsense")
+    refused(run, capsys, "eval_linear", [*base, "--weights", tmp_path], "head.pth: ")
 
 
 def test_changed_flags_on_resume_are_named(train, run, capsys, scenes, tmp_path):

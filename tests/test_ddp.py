@@ -162,6 +162,36 @@ def test_evaluation_gives_the_same_figure_with_two_processes(scenes, tmp_path):
     assert figures[0] == figures[1]
 
 
+def test_probe_gives_the_same_figures_with_two_processes(scenes, tmp_path):
+    results = []
+    for processes in (1, 2):
+        flags = "--weights random image_stats --arch test_resnet --img_size 32 --epochs 4 --batch_size 8"
+        flags += (
+            " --protocol paper --lrs 1 10 --num_workers 0 --batch_size_per_gpu 4 --device cpu --per_class"
+        )
+        out = tmp_path / str(processes)
+        command = ["eval_linear.py", "--data_path", scenes, "--output_dir", out, *flags.split()]
+        finish(launch(*command, processes=processes))
+        lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+        results.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
+    assert results[0] == results[1] and len(results[0]) == 2
+
+
+def test_finetuning_with_two_processes_stops_and_goes_on(scenes, tmp_path):
+    flags = "--finetune --weights random --arch test_vit --patch_size 8 --img_size 32 --epochs 3"
+    flags += " --warmup_epochs 1 --batch_size_per_gpu 2 --accum_steps 2 --mixup .8 --drop_path .1 --num_workers 0 --device cpu"
+    base = ["eval_linear.py", "--data_path", scenes, *flags.split()]
+    finish(launch(*base, "--output_dir", tmp_path / "a", processes=2))
+    out = finish(launch(*base, "--output_dir", tmp_path / "b", "--max_steps", "4", processes=2))
+    assert out.count("stopped before the end; the same command goes on") == 1
+    finish(launch(*base, "--output_dir", tmp_path / "b", processes=2))
+    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
+    assert_same_state(b, a)
+    assert a["effective_batch"] == 8 and (tmp_path / "a" / "head.pth").exists()
+    tops = [json.loads((tmp_path / name / "results.jsonl").read_text())["top1"] for name in "ab"]
+    assert tops[0] == tops[1]
+
+
 def test_error_is_printed_once_per_machine(tmp_path):
     process = launch(
         "dino_mc.py", "--data_path", tmp_path, "--output_dir", tmp_path / "o", *tiny("dino_mc"), processes=2

@@ -10,9 +10,12 @@ import cmid
 import dino_mc
 import dspt_mae
 import eval_knn
+import eval_linear
 import mhcl
 
-SCRIPTS = {f"{module.__name__}.py": module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn)}
+SCRIPTS = {
+    f"{module.__name__}.py": module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)
+}
 
 
 def commands():
@@ -37,7 +40,7 @@ def test_there_are_commands():
 @pytest.mark.parametrize("script, words", commands())
 def test_command_parses(script, words):
     args = SCRIPTS[script].get_parser().parse_args(shlex.split(words, comments=True))
-    if script != "eval_knn.py":
+    if script != "eval_knn.py":  # which has no check_args
         SCRIPTS[script].check_args(args)
 
 

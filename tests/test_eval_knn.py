@@ -214,10 +214,11 @@ def test_features_are_those_of_the_backbone(scenes):
     )
     alone = common.Process(0, 1, torch.device("cpu"), None)
     mean, std = common.IMAGENET_MEAN, common.IMAGENET_STD
-    x, y = eval_knn.extract_features(backbone, samples, 32, mean, std, args, alone)
+    dataset = eval_knn.LabelledImages(samples, 32, 3)
+    x, y = eval_knn.extract_features(backbone, dataset, mean, std, args, alone)
     assert y.tolist() == [label for _, label in samples]
     for i in (0, 6, 7, len(samples) - 1):
-        image = eval_knn.LabelledImages(samples, 32, 3)[i][0].unsqueeze(0)
+        image = dataset[i][0].unsqueeze(0)
         with torch.no_grad():
             expected = backbone(common.normalize(image, mean, std))[0]
         torch.testing.assert_close(x[i], expected, atol=1e-5, rtol=1e-4)

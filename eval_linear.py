@@ -1,0 +1,676 @@
+"""Linear probe of frozen backbones, fine-tuning, and classification of new images with what was learned.
+
+    # linear probe: features once, heads for many learning rates at once, the best chosen on a part of the
+    # training images; beside image statistics and untrained weights
+    python eval_linear.py --data_path LABELLED --weights OUT image_stats random --output_dir PROBE
+    # the papers' way, new crops in each epoch and one learning rate: DINO-MC's, MHCL's
+    python eval_linear.py --data_path LABELLED --weights OUT --protocol paper --lrs .001
+    python eval_linear.py --data_path LABELLED --weights OUT --protocol paper --lrs .1 --schedule 60 80
+    # fine-tuning, on several GPUs
+    python -m torch.distributed.run --nproc_per_node 4 eval_linear.py --finetune --data_path LABELLED \
+        --weights OUT --output_dir FINE --layer_decay .65 --drop_path .1 --mixup .8 --cutmix 1 --erase .25
+    # then the classes of new images
+    python eval_linear.py --predict NEW_IMAGES --weights FINE --output_dir FINE
+
+    symbol    variable       flag (default)              what
+    N         N              -                           training images
+    D         D              -                           width of a feature
+    C         C              -                           classes
+    L         L              lrs                         learning rates tried at once
+    B         B              batch_size (256)            images per step of a head, over all processes
+    K         -              augment_passes (0)          augmented crops of each image that a head learns from
+
+Frozen: the backbone is in eval mode, BatchNorm too, and gets no gradient. Its features are computed once, or
+with `--protocol paper` in each epoch from new crops, and heads are trained on them. With several `--lrs` a
+head is trained for each, on 80 % of the training images of each class; the learning rate of the best on the
+other 20 % trains a head on all of them; then the test images are looked at, once. A ViT's feature is the
+class tokens of its last `--n_last_blocks`, that of other nets the pooled last map. `--finetune` trains the
+backbone too, on all training images; the last epoch counts.
+
+In OUT: results.jsonl gets a line for each of the weights, with top-1 and macro precision, recall and F1; of
+the first of them there are head.pth, backbone/ and confusion.png (rows: true class, columns: predicted).
+`--predict` writes predictions.csv.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import timm.optim
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from timm.models import VisionTransformer
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
+from torchvision.transforms.v2 import CutMix, MixUp, RandAugment, RandomChoice, RandomErasing
+from torchvision.transforms.v2.functional import resized_crop
+
+import common
+from common import Process
+from eval_knn import BASELINES, ImageStats, LabelledImages, extract_features, load_split, prepare
+
+# Flags that may change between a fine-tuning and its continuation. All others make the result.
+FREE_FLAGS = {"data_path", "num_workers", "weights", "batch_size_per_gpu", "accum_steps", "output_dir",
+              "device", "amp", "save_every", "log_every", "per_class", "max_steps"}
+LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
+
+# --------------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------------
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    yes_no = argparse.BooleanOptionalAction
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", help="class folders, or train/ and val/ (or test/) holding them")
+    add("--predict", help="instead: classify this folder's images, with an --output_dir as --weights")
+    add("--img_size", type=int, help="side of the crop; none: the weights' own, else 224")
+    add("--val_fraction", type=float, default=0.2, help="of each class, to test on where there is no train/, "
+        "and of the training images to choose the learning rate on")
+    add("--split_seed", type=int, default=0, help="of these splits")
+    add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
+        "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
+    add("--arch", help="timm name; for a bare state dict, and for random alone")
+    add("--patch_size", type=int, help="of a ViT; none: the weights' or the arch's own")
+    add("--drop_path", type=float, default=0.0, help="of the backbone in --finetune")
+    add("--checkpoint_key", help="network of a checkpoint to take; none: the one that is exported")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+
+    add = parser.add_argument_group("method").add_argument
+    add("--finetune", action=yes_no, default=False, help="train the backbone too")
+    add("--protocol", choices=["cached", "paper"], default="cached", help="features once, or of new random "
+        "crops in each epoch, which takes --epochs times as long")
+    add("--augment_passes", type=int, default=0, help="K; features of random crops, computed once, in turn; "
+        "0: centre crops")
+    add("--n_last_blocks", type=int, help="class tokens of so many blocks of a ViT; none: 4")
+    add("--avgpool", action=yes_no, default=False, help="add the mean patch token of a ViT; for MAE")
+    add("--mixup", type=float, default=0.0, help="alpha of mixup in --finetune; .8 in CMID and DSPT")
+    add("--cutmix", type=float, default=0.0, help="alpha of cutmix in --finetune; 1 in CMID and DSPT")
+    add("--smoothing", type=float, default=0.0, help="of labels in --finetune; .1 is usual")
+    add("--rand_augment", type=float, default=0.0, help="strength of RandAugment in --finetune, 10 at most")
+    add("--erase", type=float, default=0.0, help="probability of a random box of noise in --finetune; .25 in "
+        "CMID and DSPT")
+    add("--per_class", action=yes_no, default=False, help="print the accuracy of each class")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--epochs", type=int, default=100, help="over the training images")
+    add("--lrs", type=float, nargs="+", default=LRS, help="frozen: to choose from, at a batch of 256, scaled "
+        "linearly; one: no choice")
+    add("--schedule", type=int, nargs="+", help="frozen: epochs when it falls to a tenth; none: cosine")
+    add("--batch_size", type=int, default=256, help="frozen: images per step of a head")
+    add("--batch_size_per_gpu", type=int, default=64, help="images per process and pass through the backbone")
+    add("--accum_steps", type=int, default=1, help="--finetune: micro-batches per optimizer step")
+    add("--optimizer", choices=["adamw", "adan", "sgd"], default="adamw", help="--finetune")
+    add("--lr", type=float, default=5e-4, help="--finetune: at an effective batch of 256, scaled linearly")
+    add("--min_lr", type=float, default=1e-6, help="--finetune: at the end of its cosine")
+    add("--warmup_epochs", type=float, default=5, help="--finetune: of the learning rate")
+    add("--weight_decay", type=float, default=0.05, help="--finetune: not on biases and norms")
+    add("--layer_decay", type=float, default=1.0, help="--finetune: factor of the rate from one layer to "
+        "that below; .65 for a ViT after MAE")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=".", help="where all is written; a fine-tuning found there goes on")
+    add("--seed", type=int, default=0, help="of random weights, heads, order and crops")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs with it")
+    add("--save_every", type=int, default=1, help="--finetune: epochs between checkpoints")
+    add("--log_every", type=int, default=20, help="--finetune: steps between lines of the log")
+    add("--max_steps", type=int, help="--finetune: stop after this many optimizer steps, without a result")
+    return parser
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Refuses values out of range and pairs that contradict each other, before any work."""
+    positive = ("img_size patch_size n_last_blocks epochs batch_size batch_size_per_gpu accum_steps lr "
+                "save_every log_every max_steps")
+    not_negative = ("num_workers augment_passes mixup cutmix rand_augment min_lr warmup_epochs weight_decay "
+                    "seed")
+    common.check_range(args, positive.split(), not_negative.split(), ["drop_path", "smoothing", "erase"])
+    if (args.data_path is None) == (args.predict is None):
+        common.fail("--data_path or --predict: give one of the two")
+    if not 0 < args.val_fraction < 1:
+        common.fail(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
+    if not 0 < args.layer_decay <= 1:
+        common.fail(f"--layer_decay {args.layer_decay}: must be above 0, at most 1")
+    if not min(args.lrs) > 0:
+        common.fail(f"--lrs {' '.join(map(str, args.lrs))}: must be above 0")
+    if args.schedule and not 0 < min(args.schedule) <= max(args.schedule) < args.epochs:
+        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be between 0 and --epochs "
+                    f"{args.epochs}")
+    if args.augment_passes and args.protocol == "paper":
+        common.fail(f"--augment_passes {args.augment_passes}: --protocol paper has new crops in each epoch")
+    if (args.finetune or args.predict) and len(args.weights) > 1:
+        common.fail(f"--weights {' '.join(args.weights)}: one at a time with --finetune and --predict")
+    if args.finetune and args.weights == ["image_stats"]:
+        common.fail("--weights image_stats: has nothing to fine-tune")
+    if args.drop_path and not args.finetune:
+        common.fail(f"--drop_path {args.drop_path}: only with --finetune")
+    if args.finetune and (args.n_last_blocks or args.avgpool or args.augment_passes or args.schedule):
+        common.fail("--n_last_blocks, --avgpool, --augment_passes, --schedule: not with --finetune")
+    if args.finetune and args.warmup_epochs >= args.epochs:
+        common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    if args.rand_augment > 10:
+        common.fail(f"--rand_augment {args.rand_augment}: must be at most 10")
+
+
+# --------------------------------------------------------------------------------------------------
+# Augmentation
+# --------------------------------------------------------------------------------------------------
+
+
+def random_crop(image: Tensor, img_size: int) -> Tensor:
+    """RandomResizedCrop and flip, drawn from torch's generator; C x img_size x img_size."""
+    box = RandomResizedCrop.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))  # top, left, height, width
+    crop = resized_crop(image, *box, [img_size] * 2, InterpolationMode.BICUBIC)
+    return crop.flip(-1) if torch.rand(()) < 0.5 else crop
+
+
+class CropsOfPass(LabelledImages):
+    """As LabelledImages, with random crops, drawn from (seed, number of the pass, index) alone."""
+
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int):
+        super().__init__(samples, img_size, in_chans)
+        self.seed, self.number = seed, number
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
+        """Returns the crop in float, its class (-1: unreadable), and what is wrong."""
+        torch.default_generator.manual_seed(common.stream_seed(self.seed, "probe", self.number, index))
+        return super().__getitem__(index)
+
+    def crop(self, image: Tensor) -> Tensor:
+        """A random crop in the place of the centre's."""
+        return random_crop(image, self.img_size)
+
+
+class FinetuneImages(torch.utils.data.Dataset):
+    """A random crop, with RandAugment or not, and the class; drawn from (seed, epoch, index) alone.
+
+    Args:
+        samples: paths and classes.
+        img_size: side of the crop.
+        in_chans: channels.
+        rand_augment: strength of RandAugment's two operations, from 0 (none) to 10.
+        seed: of the run.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, rand_augment: float,
+                 seed: int):
+        self.samples, self.img_size, self.in_chans, self.seed = samples, img_size, in_chans, seed
+        self.augment = None
+        if rand_augment:
+            self.augment = RandAugment(2, round(100 * rand_augment), 1001, fill=[127.0] * in_chans)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        """Returns the crop C x img_size x img_size in float and its class."""
+        epoch, index = key
+        torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
+        path, label = self.samples[index]
+        crop = random_crop(common.read_pixels(path, self.in_chans), self.img_size)
+        crop = self.augment(crop) if self.augment else crop
+        return common.to_float(crop).contiguous(), label
+
+
+# --------------------------------------------------------------------------------------------------
+# Model: features, and heads for many learning rates at once
+# --------------------------------------------------------------------------------------------------
+
+
+class LastBlocks(nn.Module):
+    """Class tokens of a ViT's last blocks, each after the final norm, and the mean patch token; side by side.
+
+    Args:
+        vit: timm's, with a class token.
+        n_last_blocks: how many.
+        avgpool: add the mean patch token of the last.
+    """
+
+    def __init__(self, vit: VisionTransformer, n_last_blocks: int, avgpool: bool):
+        super().__init__()
+        self.vit, self.n_last_blocks, self.avgpool = vit, n_last_blocks, avgpool
+
+    def forward(self, images: Tensor) -> Tensor:
+        """N x C x H x W -> N x D."""
+        blocks = self.vit.get_intermediate_layers(  # patch tokens and prefix tokens of each
+            images, self.n_last_blocks, return_prefix_tokens=True, norm=True)
+        parts = [prefix[:, 0] for _, prefix in blocks]
+        return torch.cat(parts + [blocks[-1][0].mean(1)] * self.avgpool, -1)
+
+
+def with_features(backbone: nn.Module, name: str, n_last_blocks: int | None, avgpool: bool) -> nn.Module:
+    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is."""
+    if isinstance(backbone, VisionTransformer) and backbone.num_prefix_tokens:
+        n = n_last_blocks or min(4, len(backbone.blocks))
+        if n > len(backbone.blocks):
+            common.fail(f"--n_last_blocks {n}: {name} has {len(backbone.blocks)}")
+        return LastBlocks(backbone, n, avgpool)
+    if (n_last_blocks or avgpool) and not isinstance(backbone, ImageStats):
+        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token")
+    return backbone
+
+
+def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Tensor, C: int,
+                lrs: Sequence[float], epochs: int, batch_size: int, schedule: list[int] | None,
+                seed: int) -> tuple[Tensor, Tensor]:
+    """Trains a linear head for each learning rate, all on the same batches; SGD, momentum .9, no decay.
+
+    Args:
+        features_at: epoch -> N x D features.
+        labels: N classes.
+        index: numbers of the images to train on.
+        C: classes.
+        lrs: L learning rates, already scaled.
+        epochs: over these images.
+        batch_size: B.
+        schedule: epochs at which the rate falls to a tenth; None: cosine to 0.
+        seed: of the initial weights and of the order.
+
+    Returns:
+        weights L x C x D and biases L x C.
+    """
+    D, L = features_at(0).shape[1], len(lrs)
+    generator = torch.Generator().manual_seed(common.stream_seed(seed, "head"))
+    W = (0.01 * torch.randn(C, D, generator=generator)).to(labels.device).repeat(L, 1, 1)
+    b = torch.zeros(L, C, device=labels.device)
+    lr = torch.tensor(lrs, device=labels.device)
+    heads, momenta = [W.requires_grad_(), b.requires_grad_()], [torch.zeros_like(W), torch.zeros_like(b)]
+    steps_per_epoch = math.ceil(len(index) / batch_size)
+    for epoch in range(epochs):
+        x = features_at(epoch)
+        order = torch.Generator().manual_seed(common.stream_seed(seed, "head order", epoch))
+        shuffled = index[torch.randperm(len(index), generator=order).to(index.device)]
+        for i, batch in enumerate(shuffled.split(batch_size)):
+            now = common.cosine_schedule(1.0, 0.0, epoch * steps_per_epoch + i, epochs * steps_per_epoch)
+            if schedule is not None:
+                now = 0.1 ** sum(epoch >= milestone for milestone in schedule)
+            logits = torch.einsum("bd,lcd->blc", x[batch], W) + b
+            targets = labels[batch].unsqueeze(1).expand(-1, L)
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(batch)
+            gradients = torch.autograd.grad(loss, heads)
+            with torch.no_grad():
+                for head, momentum, gradient in zip(heads, momenta, gradients, strict=True):
+                    momentum.mul_(0.9).add_(gradient)
+                    head.sub_(now * lr.view(-1, *[1] * (head.ndim - 1)) * momentum)  # its own rate for each
+    return W.detach(), b.detach()
+
+
+def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
+    """True for a share of each class (at least one of two images), drawn from `seed`: N labels -> N."""
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero().flatten()
+        generator = torch.Generator().manual_seed(common.stream_seed(seed, "held out", label))
+        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
+        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return mask
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------
+
+
+def confusion_matrix(labels: Tensor, predicted: Tensor, C: int) -> Tensor:
+    """Counts C x C; row: true class, column: predicted."""
+    return torch.bincount(labels * C + predicted, minlength=C * C).view(C, C)
+
+
+def metrics(confusion: Tensor) -> dict[str, float]:
+    """Top-1, and precision, recall and F1 as means over the classes with test images, in percent.
+
+    A class that is never predicted has precision 0; F1 is the mean of the classes' own.
+    """
+    right, images, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
+    precision, recall = right / predicted.clamp(min=1), right / images.clamp(min=1)
+    f1 = 2 * right / (images + predicted).clamp(min=1)
+    figures = {"top1": right.sum() / images.sum()}
+    figures |= {f"macro_{name}": value[images > 0].mean()
+                for name, value in (("precision", precision), ("recall", recall), ("f1", f1))}
+    return {name: round(100 * value.item(), 3) for name, value in figures.items()}
+
+
+def save_confusion(path: Path, confusion: Tensor, classes: list[str]) -> None:
+    """Draws the matrix, each row divided by its sum: white 0, black 1, with class names and row percent."""
+    side, left = 30, 8 + 7 * max(map(len, classes))
+    picture = Image.new("RGB", (left + side * len(classes) + 8, side * len(classes) + 8), "white")
+    draw = ImageDraw.Draw(picture)
+    share = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    for row, name in enumerate(classes):
+        draw.text((4, side * row + 9), name, "black")
+        for column, value in enumerate(share[row].tolist()):
+            x, y, shade = left + side * column, side * row, round(255 * (1 - value))
+            outline = (60, 120, 220) if row == column else (225, 225, 225)
+            draw.rectangle((x, y, x + side - 2, y + side - 2), (shade,) * 3, outline)
+            if value >= 0.005:
+                draw.text((x + 5, y + 9), f"{100 * value:.0f}", "white" if value > 0.5 else "black")
+    common.write_atomically(path, lambda file: picture.save(file, "png"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Frozen
+# --------------------------------------------------------------------------------------------------
+
+
+def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, mean: tuple, std: tuple,
+          args: argparse.Namespace, process: Process) -> tuple[dict, Tensor, tuple[Tensor, Tensor]]:
+    """Trains heads on frozen features.
+
+    Returns:
+        results, confusion matrix of the test images, weight C x D and bias C of the head.
+    """
+    backbone = backbone.to(process.device).eval()
+    extract = partial(extract_features, backbone, mean=mean, std=std, args=args, process=process)
+    x, labels = extract(LabelledImages(train, img_size, len(mean)))  # N x D, N
+    test_x, test_labels = extract(LabelledImages(test, img_size, len(mean)))
+    center, spread = (x.mean(0), x.std(0)) if isinstance(backbone, ImageStats) else (0.0, 1.0)
+
+    def on_device(x: Tensor) -> Tensor:
+        return ((x - center) / spread).to(process.device)
+
+    x, test_x, labels = on_device(x), on_device(test_x), labels.clone().to(process.device)
+    K, passes = args.epochs if args.protocol == "paper" else args.augment_passes, {}
+
+    def features_at(epoch: int) -> Tensor:
+        if K == 0:
+            return x
+        number = epoch % K
+        if number not in passes:
+            if args.protocol == "paper":
+                passes.clear()  # each serves one epoch
+            crops = CropsOfPass(train, img_size, len(mean), args.seed, number)
+            passes[number] = on_device(extract(crops)[0])
+        return passes[number]
+
+    def fit(index: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor]:
+        scaled = [lr * args.batch_size / 256 for lr in lrs]
+        return train_heads(features_at, labels, index, C, scaled, args.epochs, args.batch_size, args.schedule,
+                           args.seed)
+
+    everything, lr, choice = torch.arange(len(x), device=x.device), args.lrs[0], {}
+    if len(args.lrs) > 1:
+        held = held_out(labels.cpu(), args.val_fraction, args.split_seed).to(x.device)
+        W, b = fit(everything[~held], args.lrs)
+        predicted = (torch.einsum("nd,lcd->lnc", x[held], W) + b.unsqueeze(1)).argmax(-1)  # L x N
+        top1 = 100 * (predicted == labels[held]).double().mean(1)
+        lr = args.lrs[int(top1.argmax())]
+        choice = {"held_out_images": int(held.sum()), "held_out_top1": dict(zip(
+            map("{:g}".format, args.lrs), [round(value, 3) for value in top1.tolist()], strict=True))}
+        if process.is_main and lr in (min(args.lrs), max(args.lrs)):
+            print(f"warning: the best learning rate, {lr:g}, is at the end of --lrs", file=sys.stderr)
+    W, b = fit(everything, [lr])
+    predicted = (test_x @ W[0].T + b[0]).argmax(1).cpu()
+    result = {"lr": lr, **choice, "train_images": len(x), "test_images": len(test_x)}
+    return result, confusion_matrix(test_labels, predicted, C), (W[0].cpu(), b[0].cpu())
+
+
+# --------------------------------------------------------------------------------------------------
+# Fine-tuning
+# --------------------------------------------------------------------------------------------------
+
+
+def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, std: tuple,
+             args: argparse.Namespace, process: Process, out: Path) -> bool:
+    """Trains backbone and head, a timm model of C classes, in place; True when all epochs are done."""
+    effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
+    steps_per_epoch = len(train) // effective_batch
+    if not steps_per_epoch:
+        common.fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
+                    f"{effective_batch}, is larger than the data, {len(train)}")
+    total_steps = args.epochs * steps_per_epoch
+    end_step = min(total_steps, args.max_steps or total_steps)
+    mixes = [kind(alpha=alpha, num_classes=C) for kind, alpha in ((MixUp, args.mixup), (CutMix, args.cutmix))
+             if alpha]
+    mix = RandomChoice(mixes) if mixes else None  # one of them for each micro-batch
+    erase = RandomErasing(args.erase, value="random")
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)  # of classes or of mixed ones
+
+    identity = {"args": common.plain(args), "images": len(train), "effective_batch": effective_batch}
+    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
+    model.to(process.device).train()
+    if process.world_size > 1 and process.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    optimizer = timm.optim.create_optimizer_v2(
+        model, opt="momentum" if args.optimizer == "sgd" else args.optimizer, lr=args.lr, momentum=0.9,
+        weight_decay=args.weight_decay, layer_decay=args.layer_decay)
+    scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
+    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
+    start_step = saved["step"] if saved else 0
+    end_step = max(start_step, end_step)
+    for name, part in stateful.items():
+        if saved and saved[name]:
+            part.load_state_dict(saved[name])
+    del saved
+    network = model
+    if process.world_size > 1:
+        device_ids = [process.device.index] if process.device.type == "cuda" else None
+        network = DistributedDataParallel(model, device_ids=device_ids)
+    dataset = FinetuneImages(train, img_size, len(mean), args.rand_augment, args.seed)
+    sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
+                                 start_step, end_step)
+    batches = iter(common.build_loader(dataset, sampler, args.num_workers, process.device))
+    amp_dtype = common.autocast_dtype(args.amp, process.device)
+    autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    base_lr, warmup_steps = args.lr * effective_batch / 256, round(args.warmup_epochs * steps_per_epoch)
+    header = {"argv": sys.argv, "versions": common.versions(), "device": common.device_name(process.device),
+              "processes": process.world_size, "images": len(train), "effective_batch": effective_batch,
+              "scaled_lr": base_lr, "steps_per_epoch": steps_per_epoch, "steps": total_steps,
+              "from_step": start_step, "to_step": end_step}
+    if process.is_main:
+        derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
+        print("  ".join(f"{name} {value}" for name, value in derived.items()))
+    log = common.RunLog(out, process, end_step, start_step, header)
+    meter, stop, done = common.Meter(process, len(train)), common.StopSignal(), start_step
+
+    for step in range(start_step, end_step):
+        lr = common.cosine_schedule(base_lr, args.min_lr, step, total_steps, warmup_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)  # of the layer
+        losses = []
+        for micro in range(args.accum_steps):
+            images, targets = (x.to(process.device, non_blocking=True) for x in meter.fetch(batches))
+            images = common.normalize(images, mean, std)
+            # The draws of mixing, erasing and drop path.
+            torch.manual_seed(common.stream_seed(args.seed, "mix", step, micro, process.rank))
+            if args.erase:
+                images = torch.stack([erase(image) for image in images])
+            if mix:
+                images, targets = mix(images, targets)
+            waits = micro < args.accum_steps - 1 and network is not model
+            with network.no_sync() if waits else nullcontext():
+                with autocast:
+                    logits = network(images)
+                loss = criterion(logits.float(), targets)
+                scaler.scale(loss / args.accum_steps).backward()
+            losses.append(loss.detach())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        meter.end_step({"loss": torch.stack(losses).mean()})
+
+        done = step + 1
+        stopping = common.agree(process, stop.seen)[0]
+        epochs, rest = divmod(done, steps_per_epoch)
+        saving = stopping or done == end_step or (rest == 0 and epochs % args.save_every == 0)
+        if saving or done % args.log_every == 0:
+            log.write(done, {"epoch": epochs, **meter.summary(done, effective_batch), "lr": lr})
+        if saving:
+            if process.is_main:
+                state = {name: part.state_dict() for name, part in stateful.items()}
+                state |= {**identity, "step": done, "epoch": epochs, "versions": header["versions"]}
+                common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
+            meter.restart()
+        log.advance()
+        if stopping:
+            break
+    del batches  # ends the workers
+    log.close()
+    return done >= total_steps
+
+
+# --------------------------------------------------------------------------------------------------
+# Prediction of new images
+# --------------------------------------------------------------------------------------------------
+
+
+def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
+    """Writes predictions.csv: path, class and its probability, for each readable image of the folder."""
+    source = Path(args.weights[0])
+    if not (source / "head.pth").is_file():
+        common.fail(f"--weights {source}: no head.pth in it; give the --output_dir of a run of this script")
+    try:
+        head = common.load_checkpoint(source / "head.pth")
+    except ValueError as error:
+        common.fail(f"--weights {source}: head.pth: {error}")
+    state, info = common.read_weights(str(source))
+    backbone, img_size, mean, std, _, report = prepare(str(source), state, info, args)
+    if head["n_last_blocks"]:
+        backbone = LastBlocks(backbone, head["n_last_blocks"], head["avgpool"])
+    paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES)
+    if process.is_main:
+        print(report)
+    dataset = LabelledImages([(path, i) for i, path in enumerate(paths)], img_size, len(mean))
+    x, index = extract_features(backbone.to(process.device).eval(), dataset, mean, std, args, process)
+    probability, label = (x @ head["weight"].T + head["bias"]).softmax(1).max(1)
+    if process.is_main:
+        text = io.StringIO()
+        writer = csv.writer(text)
+        writer.writerow(["path", "class", "probability"])
+        for i, p, c in zip(index.tolist(), probability.tolist(), label.tolist(), strict=True):
+            writer.writerow([paths[i], head["classes"][c], f"{p:.4f}"])
+        common.write_atomically(out / "predictions.csv", lambda file: file.write(text.getvalue().encode()))
+        print(f"{len(index)} of {len(paths)} images classified: {out / 'predictions.csv'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
+
+
+def print_table(lines: list[dict], classes: list[str]) -> None:
+    """A row for each of the weights, and the classes' own top-1 where asked for."""
+    width = max(len(line["weights"]) for line in lines)
+    task, train, test = (lines[0][name] for name in ("task", "train_images", "test_images"))
+    print(f"\n{task}: % of {test} test images, {train} training images, {len(classes)} classes "
+          f"(chance {100 / len(classes):.1f} %)")
+    names = ("top1", "macro_precision", "macro_recall", "macro_f1")
+    print(" " * width + "".join(f"{name.removeprefix('macro_'):>11}" for name in names) + f"{'lr':>9}")
+    for line in lines:
+        print(f"{line['weights']:{width}}" + "".join(f"{line[name]:11.2f}" for name in names)
+              + f"{line['lr']:9g}")
+    if "per_class" in lines[0]:
+        print("\ntop-1 of each class")
+        for i, name in enumerate(classes):
+            values = [line["per_class"][i] for line in lines]
+            print(f"  {name:24}" + "".join(f"{'-':>9}" if v is None else f"{v:9.2f}" for v in values))
+    print()
+
+
+def run_finetune(backbone: nn.Module, train: list, test: list, C: int, img_size: int, mean: tuple, std: tuple,
+                 args: argparse.Namespace, process: Process,
+                 out: Path) -> tuple[dict, Tensor, tuple[Tensor, Tensor]] | None:
+    """Gives the backbone a head, trains both, looks at the test images once, takes the head off again.
+
+    Returns:
+        results, confusion matrix, weight and bias of the head; None when it was stopped before the end.
+    """
+    torch.manual_seed(args.seed)
+    backbone.reset_classifier(C)
+    head = backbone.get_classifier()
+    if not isinstance(head, nn.Linear):
+        common.fail(f"--finetune: timm gives {type(backbone).__name__} no linear head")
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    if not finetune(backbone, train, C, img_size, mean, std, args, process, out):
+        return None
+    dataset = LabelledImages(test, img_size, len(mean))
+    logits, labels = extract_features(backbone.eval(), dataset, mean, std, args, process)
+    result = {"lr": args.lr, "train_images": len(train), "test_images": len(labels)}
+    weights = head.weight.detach().cpu(), head.bias.detach().cpu()
+    backbone.cpu().reset_classifier(0)
+    return result, confusion_matrix(labels, logits.argmax(1), C), weights
+
+
+def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
+    """Probes or fine-tunes each of --weights, and writes the results."""
+    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
+    sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
+               if name not in BASELINES}
+    borrowed = {}, next((info for _, info in sources.values()), {})
+    prepared = [prepare(name, *sources.get(name, borrowed), args, args.drop_path) for name in args.weights]
+
+    lines, versions, task = [], common.versions(), "finetune" if args.finetune else f"linear, {args.protocol}"
+    for name, (backbone, img_size, mean, std, arch, report) in zip(args.weights, prepared, strict=True):
+        began = time.perf_counter()
+        if process.is_main:
+            print(f"{arch}: {report}" if arch else report, flush=True)
+        data = train, test, len(classes), img_size, mean, std, args, process
+        model = backbone if args.finetune else with_features(backbone, name, args.n_last_blocks, args.avgpool)
+        done = run_finetune(model, *data, out) if args.finetune else probe(model, *data)
+        if done is None:
+            if process.is_main:
+                print(f"stopped before the end; the same command goes on: {out}")
+            return
+        result, confusion, (weight, bias) = done
+        figures = metrics(confusion)
+        if args.per_class:
+            share = 100 * confusion.diag() / confusion.sum(1)
+            figures["per_class"] = [None if math.isnan(x) else round(x, 3) for x in share.tolist()]
+        if process.is_main and not lines:  # of the first
+            save_confusion(out / "confusion.png", confusion, classes)
+            if not isinstance(backbone, ImageStats):
+                head = {"weight": weight, "bias": bias, "classes": classes,
+                        "n_last_blocks": getattr(model, "n_last_blocks", 0),
+                        "avgpool": getattr(model, "avgpool", False)}
+                common.export_backbone(backbone.cpu(), out / "backbone", img_size, mean, std)
+                common.write_atomically(out / "head.pth", partial(torch.save, head))
+        lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
+                      "data": args.data_path, "split": split, "img_size": img_size, "epochs": args.epochs,
+                      "seed": args.seed, **result, **figures,
+                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
+    if process.is_main:
+        print_table(lines, classes)
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        with open(out / "results.jsonl", "a") as file:
+            file.write(text)
+        print(text, end="")
+
+
+def main() -> None:
+    """Checks everything, then probes or fine-tunes, or predicts."""
+    parser = get_parser()
+    parser.error = common.fail
+    args = parser.parse_args()
+    check_args(args)
+    process = common.init_process(args.device)
+    common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
+    out = common.make_output_dir(args.output_dir, process)
+    if args.predict:
+        predict(args, process, out)
+    else:
+        evaluate(args, process, out)
+    if process.world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

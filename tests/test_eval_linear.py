@@ -1,0 +1,383 @@
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import assert_same, assert_same_state
+from PIL import Image
+
+import common
+import eval_knn
+import eval_linear
+from common import Process
+
+ALONE = Process(0, 1, torch.device("cpu"), None)
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_args(*flags):
+    base = ["--data_path", "x", "--weights", "random", "--num_workers", "0", "--device", "cpu"]
+    args = eval_linear.get_parser().parse_args([*base, *map(str, flags)])
+    eval_linear.check_args(args)
+    return args
+
+
+# ------------------------------------------------------------------ heads
+
+
+def head_data(N=50, D=6, C=4):
+    return rand(N, D), torch.randint(C, (N,), generator=torch.Generator().manual_seed(1)), torch.arange(N)
+
+
+@pytest.mark.parametrize("schedule", [None, [2, 3]])
+def test_heads_trained_at_once_equal_torchs_sgd_one_by_one(schedule):
+    """Each of the batched heads is what torch.optim.SGD makes of one head, with the same batches."""
+    x, labels, index = head_data()
+    index, lrs, epochs = index[5:], [0.01, 0.3, 2.0], 4
+    W, b = eval_linear.train_heads(lambda _: x, labels, index, 4, lrs, epochs, 16, schedule, seed=3)
+    generator = torch.Generator().manual_seed(common.stream_seed(3, "head"))
+    start = 0.01 * torch.randn(4, 6, generator=generator)
+    for i, lr in enumerate(lrs):
+        head = torch.nn.Linear(6, 4)
+        head.weight.data.copy_(start)
+        head.bias.data.zero_()
+        optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
+        step = 0
+        for epoch in range(epochs):
+            order = torch.Generator().manual_seed(common.stream_seed(3, "head order", epoch))
+            shuffled = index[torch.randperm(45, generator=order)]
+            for first in range(0, 45, 16):
+                now = lr * 0.5 * (1 + math.cos(math.pi * step / 12))
+                if schedule:
+                    now = lr * (0.1 if epoch == 2 else 0.01 if epoch == 3 else 1)
+                optimizer.param_groups[0]["lr"] = now
+                batch = shuffled[first : first + 16]
+                optimizer.zero_grad()
+                F.cross_entropy(head(x[batch]), labels[batch]).backward()
+                optimizer.step()
+                step += 1
+        torch.testing.assert_close(W[i], head.weight.data, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(b[i], head.bias.data, atol=1e-5, rtol=1e-4)
+    assert not W.requires_grad and not b.requires_grad
+
+
+def test_a_head_does_not_depend_on_the_others():
+    x, labels, index = head_data()
+    together = eval_linear.train_heads(lambda _: x, labels, index, 4, [0.1, 1.0, 9.0], 3, 16, None, 0)
+    for i, lr in enumerate([0.1, 1.0, 9.0]):
+        alone = eval_linear.train_heads(lambda _: x, labels, index, 4, [lr], 3, 16, None, 0)
+        for a, b in zip(alone, together, strict=True):
+            torch.testing.assert_close(a[0], b[i], atol=1e-6, rtol=1e-5)
+
+
+def test_heads_learn_from_the_images_of_their_index_alone():
+    x, labels, index = head_data()
+    other = labels.clone()
+    other[:10] = (other[:10] + 1) % 4
+    heads = [
+        eval_linear.train_heads(lambda _: x, y, index[10:], 4, [1.0], 3, 16, None, 0) for y in (labels, other)
+    ]
+    assert_same(*map(list, heads))
+
+
+def test_held_out_part_is_stratified_and_repeatable():
+    labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2 + [3])
+    mask = eval_linear.held_out(labels, 0.2, 0)
+    assert [int(mask[labels == c].sum()) for c in range(4)] == [2, 1, 1, 0]
+    assert torch.equal(mask, eval_linear.held_out(labels, 0.2, 0))
+    assert any(not torch.equal(mask, eval_linear.held_out(labels, 0.2, seed)) for seed in range(1, 9))
+
+
+# ------------------------------------------------------------------ figures
+
+
+def test_metrics_and_confusion_matrix_against_counting():
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (60,), generator=generator)  # class 4 has no test image
+    predicted = torch.randint(5, (60,), generator=generator)
+    predicted[predicted == 2] = 3  # class 2 is never predicted
+    confusion = eval_linear.confusion_matrix(labels, predicted, 5)
+    pairs = list(zip(labels.tolist(), predicted.tolist(), strict=True))
+    assert all(confusion[t, p] == pairs.count((t, p)) for t in range(5) for p in range(5))
+    precisions, recalls, f1s = [], [], []
+    for c in range(4):
+        right = pairs.count((c, c))
+        said, there = sum(p == c for _, p in pairs), sum(t == c for t, _ in pairs)
+        precision, recall = right / said if said else 0.0, right / there
+        precisions.append(precision)
+        recalls.append(recall)
+        f1s.append(2 * precision * recall / (precision + recall) if precision + recall else 0.0)
+    expected = {"top1": sum(t == p for t, p in pairs) / 60, "macro_precision": sum(precisions) / 4}
+    expected |= {"macro_recall": sum(recalls) / 4, "macro_f1": sum(f1s) / 4}
+    figures = eval_linear.metrics(confusion)
+    assert figures.keys() == expected.keys()
+    for name, value in figures.items():
+        assert value == pytest.approx(100 * expected[name], abs=1e-3), name
+
+
+def test_confusion_picture_is_dark_where_a_class_goes(tmp_path):
+    confusion = torch.tensor([[4, 0], [1, 3]])
+    eval_linear.save_confusion(tmp_path / "c.png", confusion, ["a", "bb"])
+    picture = np.asarray(Image.open(tmp_path / "c.png").convert("L")).astype(int)
+    left = 8 + 7 * 2
+    cells = [[picture[30 * row + 4, left + 30 * column + 24] for column in range(2)] for row in range(2)]
+    assert cells[0] == [0, 255] and abs(cells[1][0] - 191) <= 1 and abs(cells[1][1] - 64) <= 1
+
+
+# ------------------------------------------------------------------ features
+
+
+@pytest.mark.parametrize("n, avgpool", [(1, False), (3, False), (2, True)])
+def test_vit_features_are_normed_class_tokens_of_the_last_blocks(n, avgpool):
+    torch.manual_seed(0)
+    vit = timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8).eval()
+    images = rand(2, 3, 32, 32)
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    tokens = []
+    for block in vit.blocks:
+        x = block(x)
+        tokens.append(vit.norm(x))
+    expected = torch.cat([t[:, 0] for t in tokens[-n:]] + ([tokens[-1][:, 1:].mean(1)] if avgpool else []), 1)
+    features = eval_linear.with_features(vit, "x", n, avgpool)(images)
+    torch.testing.assert_close(features, expected)
+    if (n, avgpool) == (1, False):
+        torch.testing.assert_close(features, vit(images))
+
+
+def probe(scenes, backbone, *flags, test=None):
+    args = make_args("--epochs", 5, "--batch_size", 8, *flags)
+    train, own_test, classes, _ = eval_knn.load_split(str(scenes), 0.2, 0)
+    stats = common.IMAGENET_MEAN, common.IMAGENET_STD
+    return eval_linear.probe(backbone, train, test or own_test, len(classes), 32, *stats, args, ALONE)
+
+
+def resnet():
+    torch.manual_seed(0)
+    return common.build_backbone("test_resnet", 32)
+
+
+def test_backbone_stays_as_it_is(scenes):
+    backbone = resnet().train()
+    before = {name: x.clone() for name, x in backbone.state_dict().items()}
+    probe(scenes, backbone, "--lrs", 1, 10)
+    assert_same(dict(backbone.state_dict()), before)  # BatchNorm's statistics too
+
+
+def test_learning_rate_is_chosen_without_the_test_images(scenes):
+    """With other labels, or other images, in the test part the choice and the head are the same."""
+    test = eval_knn.load_split(str(scenes), 0.2, 0)[1]
+    wrong = [(path, (label + 3) % 10) for path, label in test]
+    results = [probe(scenes, resnet(), test=part) for part in (test, wrong, test[:4])]
+    first = results[0]
+    for result, _, head in results:
+        assert (result["lr"], result["held_out_top1"]) == (first[0]["lr"], first[0]["held_out_top1"])
+        assert_same(list(head), list(first[2]))
+    assert not torch.equal(results[0][1], results[1][1])
+    assert first[0]["held_out_images"] == 10 and first[0]["train_images"] == 30
+    best = max(first[0]["held_out_top1"].values())
+    assert first[0]["held_out_top1"][f"{first[0]['lr']:g}"] == best
+
+
+def test_head_of_the_chosen_rate_is_trained_on_all_images(scenes):
+    result, confusion, (weight, bias) = probe(scenes, resnet(), "--lrs", 1, 10, "--batch_size", 8)
+    again = probe(scenes, resnet(), "--lrs", result["lr"], "--batch_size", 8)
+    assert_same([weight, bias], list(again[2]))
+    assert "held_out_top1" not in again[0] and torch.equal(confusion, again[1])
+    # its rate is scaled by the batch
+    args = make_args()
+    train = eval_knn.load_split(str(scenes), 0.2, 0)[0]
+    stats = common.IMAGENET_MEAN, common.IMAGENET_STD
+    x, y = eval_knn.extract_features(
+        resnet().eval(), eval_knn.LabelledImages(train, 32, 3), *stats, args, ALONE
+    )
+    W, b = eval_linear.train_heads(
+        lambda _: x.clone(), y.clone(), torch.arange(30), 10, [result["lr"] * 8 / 256], 5, 8, None, 0
+    )
+    assert_same([W[0], b[0]], [weight, bias])
+
+
+@pytest.mark.parametrize(
+    "flags, passes", [(["--protocol", "paper"], 5), (["--augment_passes", "2"], 2), ([], 0)]
+)
+def test_augmented_features_are_those_of_new_crops(scenes, monkeypatch, flags, passes):
+    seen = []
+    extract = eval_linear.extract_features
+
+    def count(backbone, dataset, **kwargs):
+        seen.append(getattr(dataset, "number", None))
+        return extract(backbone, dataset, **kwargs)
+
+    monkeypatch.setattr(eval_linear, "extract_features", count)
+    probe(scenes, resnet(), "--lrs", "1", *flags)
+    assert seen == [None, None, *range(passes)]
+
+
+def test_crops_of_a_pass_are_repeatable(scenes):
+    train = eval_knn.load_split(str(scenes), 0.2, 0)[0]
+    one, same, other = (eval_linear.CropsOfPass(train, 32, 3, 0, number) for number in (1, 1, 2))
+    (a, label, message), (b, _, _), (c, _, _) = one[7], same[7], other[7]
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.max() <= 1
+    assert label == train[7][1] and message == ""
+
+
+def test_split_does_not_depend_on_the_file_systems_order(scenes, monkeypatch):
+    expected = eval_knn.load_split(str(scenes / "train"), 0.3, 0)
+    walk = eval_knn.common.os.walk
+    iterdir = type(scenes).iterdir
+    monkeypatch.setattr("os.walk", lambda *a, **k: ((f, d, n[::-1]) for f, d, n in list(walk(*a, **k))[::-1]))
+    monkeypatch.setattr(type(scenes), "iterdir", lambda path: iter(sorted(iterdir(path), reverse=True)))
+    assert eval_knn.load_split(str(scenes / "train"), 0.3, 0) == expected
+
+
+# ------------------------------------------------------------------ whole runs
+
+
+def flags_of(scenes, out, *flags):
+    base = ["--data_path", scenes, "--output_dir", out, "--num_workers", "0", "--device", "cpu"]
+    return [*base, "--img_size", "32", "--epochs", "3", *flags]
+
+
+def results_of(out):
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_linear_probe_of_all_kinds_and_prediction(run, train, scenes, tmp_path, capsys):
+    train(tmp_path / "dino", "--max_steps", "1")  # a ViT
+    capsys.readouterr()
+    weights = ["--weights", tmp_path / "dino", "image_stats", "random"]
+    run("eval_linear", *flags_of(scenes, tmp_path / "out", *weights, "--per_class", "--batch_size", "8"))
+    printed, results = capsys.readouterr().out, results_of(tmp_path / "out")
+    assert [json.loads(line) for line in printed.splitlines()[-3:]] == results
+    assert [r["arch"] for r in results] == ["test_vit", None, "test_vit"]
+    for r in results:
+        assert r["task"] == "linear, cached" and 0 <= r["top1"] <= 100 and len(r["per_class"]) == 10
+        assert r["train_images"] == 30 and r["test_images"] == 20 and len(r["held_out_top1"]) == 18
+        assert np.mean(r["per_class"]) == pytest.approx(r["macro_recall"], abs=1e-2)
+    assert Image.open(tmp_path / "out" / "confusion.png").size[0] > 300
+    head = torch.load(tmp_path / "out" / "head.pth", weights_only=True)
+    assert head["weight"].shape == (10, 4 * 64) and head["n_last_blocks"] == 4  # four class tokens
+
+    new = tmp_path / "new folder"
+    new.mkdir()
+    labels = {}
+    for i, path in enumerate(sorted((scenes / "val").rglob("*.png"))):
+        labels[f"{i} ü.png"] = path.parent.name
+        (new / f"{i} ü.png").write_bytes(path.read_bytes())
+    flags = ["--predict", new, "--weights", tmp_path / "out", "--output_dir", tmp_path / "p"]
+    run("eval_linear", *flags, "--num_workers", "0", "--device", "cpu")
+    with open(tmp_path / "p" / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 20 and all(0.1 <= float(row["probability"]) <= 1 for row in rows)
+    right = sum(labels[row["path"].rsplit("/", 1)[1]] == row["class"] for row in rows)
+    assert 100 * right / 20 == results[0]["top1"]  # the same images, the same head
+
+
+def test_unreadable_images_are_left_out_of_the_prediction(run, scenes, tmp_path, capsys):
+    run("eval_linear", *flags_of(scenes, tmp_path / "out", "--weights", "random", "--arch", "test_resnet"))
+    new = tmp_path / "new"
+    new.mkdir()
+    path = next((scenes / "val").rglob("*.png"))
+    for i in range(100):
+        (new / f"{i:03}.png").write_bytes(path.read_bytes())
+    (new / "050.png").write_text("no image")
+    flags = ["--predict", new, "--weights", tmp_path / "out", "--output_dir", tmp_path / "out"]
+    run("eval_linear", *flags, "--num_workers", "0", "--device", "cpu")
+    captured = capsys.readouterr()
+    assert "99 of 100 images classified" in captured.out and "050.png" in captured.err
+    text = (tmp_path / "out" / "predictions.csv").read_text()
+    assert "049.png" in text and "050.png" not in text
+
+
+FINETUNE = "--finetune --arch test_resnet --weights random --batch_size_per_gpu 4 --warmup_epochs 1".split()
+REGULARISED = "--mixup .8 --cutmix 1 --smoothing .1 --erase .5 --rand_augment 9 --drop_path .1".split()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--optimizer", "adan", *REGULARISED],
+        [
+            "--arch",
+            "test_vit",
+            "--patch_size",
+            "8",
+            "--layer_decay",
+            ".65",
+            "--accum_steps",
+            "2",
+            "--mixup",
+            ".8",
+        ],
+    ],
+)
+def test_finetuning_resumes_bit_for_bit(run, scenes, tmp_path, flags):
+    for name, steps in (("a", [None]), ("b", [2, 5, None])):
+        for stop in steps:
+            extra = ["--max_steps", stop] if stop else []
+            run("eval_linear", *flags_of(scenes, tmp_path / name, *FINETUNE, *flags, *extra))
+            assert (tmp_path / name / "results.jsonl").exists() == (stop is None)
+    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
+    assert_same_state(b, a)
+    one, two = (results_of(tmp_path / name)[0] for name in "ab")
+    assert one["task"] == "finetune" and one["top1"] == two["top1"] and a["epoch"] == 3
+    heads = [torch.load(tmp_path / name / "head.pth", weights_only=True) for name in "ab"]
+    assert_same(*heads)
+    name = "fc" if "adan" in flags else "head"
+    assert torch.equal(heads[0]["weight"], a["model"][f"{name}.weight"])
+
+
+def test_finetuned_backbone_and_head_predict_as_the_model_did(run, scenes, tmp_path, capsys):
+    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--lr", ".05", "--layer_decay", ".9"))
+    result = results_of(tmp_path)[0]
+    flags = ["--predict", scenes / "val", "--weights", tmp_path, "--output_dir", tmp_path]
+    run("eval_linear", *flags, "--num_workers", "0", "--device", "cpu")
+    with open(tmp_path / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    right = sum(row["path"].split("/")[-2] == row["class"] for row in rows)
+    assert 100 * right / len(rows) == result["top1"]
+    before = timm.create_model("test_resnet", num_classes=0).state_dict()
+    after = common.read_weights(str(tmp_path))[0]
+    assert after.keys() == before.keys()
+
+
+def test_finetuning_learns(run, scenes, tmp_path):
+    """It is trained and tested on the same images here: they are learned by heart."""
+    data = tmp_path / "data"
+    for name in ("train", "val"):
+        (data / name).mkdir(parents=True)
+        for c in ("forest", "dense_housing"):
+            (data / name / c).symlink_to(scenes / "train" / c)
+    flags = ["--finetune", "--arch", "test_resnet", "--weights", "random", "--batch_size_per_gpu", "6"]
+    flags += ["--lr", ".2", "--epochs", "40", "--warmup_epochs", "2", "--log_every", "5"]
+    run("eval_linear", *flags_of(data, tmp_path / "out", *flags))
+    lines = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < 0.5 < lines[1]["loss"]
+    assert results_of(tmp_path / "out")[0]["top1"] >= 80
+
+
+def test_layer_decay_lowers_the_rate_of_early_layers(run, scenes, tmp_path):
+    vit = ["--arch", "test_vit", "--patch_size", "8", "--layer_decay", ".5", "--max_steps", "4"]
+    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, *vit, "--log_every", "1"))
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    groups = saved["optimizer"]["param_groups"]
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["lr"]
+    scales = {group["lr_scale"] for group in groups}
+    depth = max(int(name.split(".")[1]) for name in saved["model"] if name.startswith("blocks.")) + 1
+    assert scales == {0.5**i for i in range(depth + 2)}  # the head 1, the patch projection least
+    for group in groups:
+        assert group["lr"] == pytest.approx(last * group["lr_scale"])
+        assert group["weight_decay"] in (0.0, 0.05)
+
+
+def test_finetuning_with_changed_flags_is_refused(run, scenes, tmp_path, capsys):
+    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--max_steps", "1"))
+    with pytest.raises(SystemExit):
+        run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--mixup", ".5"))
+    assert "other settings: mixup was 0.0, is 0.5" in capsys.readouterr().err
