@@ -179,7 +179,8 @@ def test_probe_gives_the_same_figures_with_two_processes(scenes, tmp_path):
 
 def test_finetuning_with_two_processes_stops_and_goes_on(scenes, tmp_path):
     flags = "--finetune --weights random --arch test_vit --patch_size 8 --img_size 32 --epochs 3"
-    flags += " --warmup_epochs 1 --batch_size_per_gpu 2 --accum_steps 2 --mixup .8 --drop_path .1 --num_workers 0 --device cpu"
+    flags += " --warmup_epochs 1 --batch_size_per_gpu 2 --accum_steps 2 --mixup .8 --drop_path .1"
+    flags += " --num_workers 0 --device cpu"
     base = ["eval_linear.py", "--data_path", scenes, *flags.split()]
     finish(launch(*base, "--output_dir", tmp_path / "a", processes=2))
     out = finish(launch(*base, "--output_dir", tmp_path / "b", "--max_steps", "4", processes=2))
