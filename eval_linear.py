@@ -61,7 +61,7 @@ from common import Process
 from eval_knn import BASELINES, ImageStats, LabelledImages, extract_features, load_split, prepare
 
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
-FREE_FLAGS = {"data_path", "num_workers", "weights", "batch_size_per_gpu", "accum_steps", "output_dir",
+FREE_FLAGS = {"data_path", "num_workers", "batch_size_per_gpu", "accum_steps", "output_dir",
               "device", "amp", "save_every", "log_every", "per_class", "max_steps"}
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
 

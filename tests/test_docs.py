@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import torch
 from conftest import ROOT
 
 import cmid
@@ -47,6 +48,28 @@ def test_command_parses(script, words):
 def test_python_of_the_readme_compiles():
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
         compile(block, "README.md", "exec")
+
+
+def test_backbone_of_a_run_is_used_as_the_readme_says(train, tmp_path, monkeypatch, capsys):
+    """Each block runs, and gives the features, or holds the weights, of the backbone that was trained."""
+    train(tmp_path / "OUT", "--arch", "resnet18", "--max_steps", "1", "--no-mhcl", script="mhcl")
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Use the backbone") : text.index("## What a run writes")]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.S)
+    timm_, torch_, detection = ({} for _ in range(3))
+    for block, names in zip(blocks, (timm_, torch_, detection), strict=True):
+        exec(block.replace("resnet50", "resnet18"), names)
+    assert timm_["features"].shape == (1, 512)
+    assert "missing_keys=['fc.weight', 'fc.bias'], unexpected_keys=[]" in capsys.readouterr().out
+    image = torch.rand(2, 3, 32, 32)
+    model = torch_["model"].eval()
+    model.fc = torch.nn.Identity()
+    body, detector = detection["backbone"].body.eval(), detection["detector"].eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(image), timm_["model"](image))
+        torch.testing.assert_close(body(image)["3"].mean((2, 3)), timm_["model"](image), atol=1e-4, rtol=1e-3)
+        assert detector([torch.rand(3, 64, 64)])[0].keys() == {"boxes", "labels", "scores"}
 
 
 @pytest.mark.parametrize(

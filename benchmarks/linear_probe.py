@@ -1,0 +1,121 @@
+"""The linear probe against running the backbone in each epoch, and its heads against one at a time.
+
+    python benchmarks/linear_probe.py
+
+On one CPU thread, ResNet-18, 64 px. Both sides see the same images in the same order, and the heads have to
+agree. They take turns; printed are the medians, their ratio, and its range over the rounds.
+"""
+
+import argparse
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+from eval_linear import train_heads
+
+SEED, C, B = 0, 30, 256
+
+
+def epochs_of_batches(N: int, epochs: int) -> list[list[Tensor]]:
+    """The batches of each epoch, in the order that train_heads draws."""
+    batches = []
+    for epoch in range(epochs):
+        generator = torch.Generator().manual_seed(common.stream_seed(SEED, "head order", epoch))
+        batches.append(list(torch.randperm(N, generator=generator).split(B)))
+    return batches
+
+
+def plain_head(features_of: Callable[[Tensor], Tensor], labels: Tensor, D: int, lr: float,
+               epochs: int) -> nn.Linear:
+    """One head, as usual: torch's SGD, features asked for anew for each batch."""
+    head = nn.Linear(D, C)
+    generator = torch.Generator().manual_seed(common.stream_seed(SEED, "head"))
+    head.weight.data.copy_(0.01 * torch.randn(C, D, generator=generator))
+    head.bias.data.zero_()
+    optimizer = torch.optim.SGD(head.parameters(), lr, momentum=0.9)
+    batches = epochs_of_batches(len(labels), epochs)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / (epochs * len(batches[0])))))
+    for batch in sum(batches, []):
+        with torch.no_grad():
+            x = features_of(batch)
+        optimizer.zero_grad()
+        F.cross_entropy(head(x), labels[batch]).backward()
+        optimizer.step()
+        scheduler.step()
+    return head
+
+
+def compare(name: str, ours: Callable, plain: Callable, times: float, rounds: int) -> None:
+    """Checks agreement of (weights, biases), then times both in turns; one plain run counts `times`."""
+    for a, b in zip(ours(), plain(), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    seconds = {ours: [], plain: []}
+    for _ in range(rounds):
+        for run in (ours, plain):
+            began = time.perf_counter()
+            run()
+            seconds[run].append(time.perf_counter() - began)
+    ratios = sorted(times * p / o for o, p in zip(seconds[ours], seconds[plain], strict=True))
+    fast, slow = (statistics.median(seconds[run]) for run in (ours, plain))
+    print(f"{name}: {fast:.2f} s against {times:g} x {slow:.2f} s: {times * slow / fast:.1f} times as fast "
+          f"({ratios[0]:.1f} to {ratios[-1]:.1f})", flush=True)
+
+
+def main() -> None:
+    """Both comparisons."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="of each comparison")
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    torch.manual_seed(SEED)
+    lrs = [10 ** (-2 + i / 10) for i in range(20)]
+
+    x, labels = torch.randn(8000, 512), torch.randint(C, (8000,))
+    everything, epochs = torch.arange(8000), 5
+
+    def heads_at_once() -> tuple[Tensor, Tensor]:
+        return train_heads(lambda _: x, labels, everything, C, lrs, epochs, B, None, SEED)
+
+    def one_by_one() -> tuple[Tensor, Tensor]:
+        heads = [plain_head(lambda batch: x[batch], labels, 512, lr, epochs) for lr in lrs]
+        return tuple(torch.stack([getattr(head, part).data for head in heads]) for part in ("weight", "bias"))
+
+    began = time.perf_counter()
+    train_heads(lambda _: x, labels, everything, C, lrs, 100, B, None, SEED)
+    print(f"20 heads, 100 epochs of 8,000 features of 512: {time.perf_counter() - began:.1f} s", flush=True)
+    compare("20 heads, 5 epochs, at once against one by one", heads_at_once, one_by_one, 1, rounds)
+
+    backbone = timm.create_model("resnet18", num_classes=0).eval()
+    images = torch.rand(512, 3, 64, 64)
+    few, everything = labels[:512], torch.arange(512)
+
+    def features() -> Tensor:
+        with torch.no_grad():
+            return torch.cat([backbone(batch) for batch in images.split(B)])
+
+    def probe(rates: list[float]) -> tuple[Tensor, Tensor]:
+        once = features()
+        W, b = train_heads(lambda _: once, few, everything, C, rates, epochs, B, None, SEED)
+        return W[:1], b[:1]
+
+    def rerun() -> tuple[Tensor, Tensor]:
+        head = plain_head(lambda batch: backbone(images[batch]), few, 512, lrs[0], epochs)
+        return head.weight.data[None], head.bias.data[None]
+
+    compare("one rate, 5 epochs, features once against in each", lambda: probe(lrs[:1]), rerun, 1, rounds)
+    compare("20 rates, the same", lambda: probe(lrs), rerun, 20, rounds)
+
+
+if __name__ == "__main__":
+    main()
