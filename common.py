@@ -14,6 +14,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -501,15 +502,19 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
                  whole: bool = False) -> tuple[dict, dict]:
     """Reads backbone weights from an output folder, a checkpoint, a state dict, a timm or hf-hub: name.
 
+    Checkpoints and state dicts are ours, or those of DINO, DINO-MC, MoCo, MHCL, MAE, DSPT, CMID, timm and
+    torchvision (ResNet, ViT, Swin).
+
     Args:
         source: what the user gave.
-        checkpoint_key: the entry of a checkpoint to take; None: the network that its run exports.
+        checkpoint_key: the network of a checkpoint to take, an entry or a prefix in its state dict, such as
+            MoCo's encoder_k; None: the network that its run exports.
         flag: the flag to name in errors.
-        whole: keep the rest of the network too, such as MAE's decoder, and the prefix of the backbone.
+        whole: keep MAE's decoder beside the backbone.
 
     Returns:
-        state dict of the backbone, without prefixes; what is known of its arch, patch_size, img_size (a side,
-        or height and width), and mean and std of its channels.
+        state dict of the backbone in timm's names, without prefixes; what is known of its arch, patch_size,
+        img_size (a side, or height and width), and mean and std of its channels.
     """
     path = Path(source)
     if path.is_dir():
@@ -547,6 +552,8 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
     try:
         loader = safetensors.torch.load_file if path.suffix == ".safetensors" else load_checkpoint
         checkpoint = loader(path)
+        if not isinstance(checkpoint, dict):
+            raise ValueError("is no state dict of tensors")
     except Exception as error:
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
@@ -554,19 +561,43 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
     info = {name: args[name] for name in known if name in args} if args else {}
     if isinstance(info.get("img_size"), list):  # one side, or height and width
         info["img_size"] = tuple(info["img_size"]) if len(set(info["img_size"])) > 1 else info["img_size"][0]
-    if key is None:
-        usual = ("teacher", "encoder_q", "online", "state_dict", "model")
-        key = next((name for name in usual if name in checkpoint), None)
-    elif key not in checkpoint:
-        fail(f"--checkpoint_key {key}: {path} has {', '.join(map(str, list(checkpoint)[:12]))}")
-    state = checkpoint[key] if key else checkpoint
+    inner = key if key not in checkpoint else None  # a network within a state dict
+    usual = ("teacher", "encoder_q", "online", "state_dict", "model")
+    entry = key if key in checkpoint else next((name for name in usual if name in checkpoint), None)
+    state = checkpoint[entry] if entry else checkpoint
+    names = [name.removeprefix("module.") for name in state] if isinstance(state, dict) else []
+    if inner and not any(name.startswith(f"{inner}.") for name in names):
+        found = dict.fromkeys(name.split(".")[0] for name in [*checkpoint, *names])
+        fail(f"--checkpoint_key {key}: {path} has {', '.join(list(found)[:12])}")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        fail(f"{flag} {path}: {f'its {key} is' if key else 'is'} no state dict of tensors")
-    for prefix in ("module.",) if whole else ("module.", "backbone."):
+        fail(f"{flag} {path}: {f'its {entry} is' if entry else 'is'} no state dict of tensors")
+    return _backbone_names(state, inner or "encoder_q", whole), info
+
+
+# torchvision's names of ViT and Swin -> timm's. Swin: features 1, 3, 5, 7 are stages, 2, 4, 6 lie between.
+# The two pad in other ways: its features are equal where no window is padded, at multiples of 224 px.
+TORCHVISION_NAMES = (
+    (r"^conv_proj\.", "patch_embed.proj."), (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"), (r"^encoder\.ln\.", "norm."),
+    (r"^encoder\.layers\.encoder_layer_", "blocks."), (r"\.ln_([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."), (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."), (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+    (r"^features\.0\.0\.", "patch_embed.proj."), (r"^features\.0\.2\.", "patch_embed.norm."),
+    *((rf"^features\.{2 * i + 1}\.", f"layers.{i}.blocks.") for i in range(4)),
+    *((rf"^features\.{2 * i}\.", f"layers.{i}.downsample.") for i in range(1, 4)))
+
+
+def _backbone_names(state: dict, network: str, whole: bool) -> dict:
+    kept = ("decoder_", "mask_token") if whole else ()
+    # Of DDP, MoCo, CMID (two), DINO and ours; what lies beside them in the file is not the backbone.
+    for prefix in ("module.", f"{network}.", "online_encoder.", "model.", "backbone."):
         if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()
-                     if name.startswith(prefix)}
-    return state, info
+            state = {name.removeprefix(prefix): x for name, x in state.items()
+                     if name.startswith((prefix, *kept))}
+    if {"conv_proj.weight", "features.1.0.attn.qkv.weight"} & state.keys():
+        for old, new in TORCHVISION_NAMES:
+            state = {re.sub(old, new, name): x for name, x in state.items()}
+    return state
 
 
 def loading_report(source: str, own: dict, state: dict, fitting: dict) -> str:
@@ -583,7 +614,8 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
     """Fills `backbone` from `state` and returns a line that says what was loaded, missing and unexpected.
 
     timm resamples position embeddings and patch projections of another size; all else of another shape counts
-    as missing. Fails when under 90 % of the backbone's tensors are filled, unless `allow_partial`.
+    as missing. Fails when under 90 % of the backbone's tensors are filled, or the file has more blocks,
+    unless `allow_partial`.
     """
     own = backbone.state_dict()
 
@@ -593,17 +625,23 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
     fitting = fit(state)
     resample = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
     if len(fitting) < len(own) and resample:
+        # timm before 1.0.31 takes a Swin without classifier for Microsoft's, and moves its downsampling.
+        timm_swin = "layers.1.downsample.norm.weight" in fitting and "head.fc.weight" not in state
+        mark = {"head.fc.weight": torch.empty(0)} if timm_swin else {}
         try:
-            state = resample(state, backbone)
+            resampled = resample(state | mark, backbone)
+            state = {name: x for name, x in resampled.items() if name not in mark}
             fitting = fit(state)
         except Exception:  # keys or shapes of quite another model: the count below says so
             pass
     report = loading_report(source, own, state, fitting)
     # More blocks or layers than the backbone has; not heads, nor the index buffers of older Swins.
-    parts, buffers = {name.split(".")[0] for name in own}, ("relative_position_index", "attn_mask")
+    parts, buffers = {name.split(".")[0] for name in own} - {"head"}, ("relative_position_index", "attn_mask")
     extra = [name for name in state if name.split(".")[0] in parts and name not in own
              and not name.endswith(buffers)]
-    if (extra or len(fitting) < 0.9 * len(own)) and not (allow_partial and fitting):
+    # BatchNorm's counters of batches change no feature; files of old PyTorch lack them.
+    needed = {name for name in own if not name.endswith("num_batches_tracked")}
+    if (extra or len(fitting.keys() & needed) < 0.9 * len(needed)) and not (allow_partial and fitting):
         fail(f"{report}: another arch? (--allow_partial takes what fits)")
     backbone.load_state_dict(fitting, strict=False)
     return report

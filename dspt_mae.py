@@ -401,9 +401,6 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     state = {name: x.float() for name, x in state.items()}
     encoder = {name: x for name, x in state.items() if not name.startswith(("decoder_", "mask_token"))}
     decoder = {name: x for name, x in state.items() if name not in encoder and name != "decoder_pos_embed"}
-    if any(name.startswith("backbone.") for name in encoder):  # of ours
-        encoder = {name.removeprefix("backbone."): x for name, x in encoder.items()
-                   if name.startswith("backbone.")}
 
     words, same_patches, p = [], True, vit.patch_embed.patch_size[0]
     weight, pos_embed = encoder.get("patch_embed.proj.weight"), encoder.get("pos_embed")
