@@ -566,7 +566,8 @@ def build_network(args: argparse.Namespace) -> MaskedAutoencoder:
         common.fail(f"--arch {args.arch}: must be a ViT with a class token, its position and no other token")
     p = common.patch_multiple(vit)
     if any(side % p for side in args.img_size):
-        common.fail(f"--img_size {' '.join(map(str, args.img_size))}: must be a multiple of the patch, {p}")
+        sides = " ".join(map(str, dict.fromkeys(args.img_size)))
+        common.fail(f"--img_size {sides}: must be a multiple of the patch, {p}")
     N = vit.patch_embed.num_patches
     if not 0 < kept_patches(N, args.mask_ratio) < N:
         common.fail(f"--mask_ratio {args.mask_ratio}: must keep some of the {N} patches, not all")
