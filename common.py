@@ -134,10 +134,10 @@ class UnreadableImageError(Exception):
 
 
 def list_images(root: str | Path, exclude: str | Path | None = None,
-                suffixes: set[str] = IMAGE_SUFFIXES) -> list[str]:
+                suffixes: set[str] = IMAGE_SUFFIXES, flag: str = "--data_path") -> list[str]:
     """Paths of all images below `root`, links followed, but not in folder `exclude`; sorted."""
     if not os.path.isdir(root):
-        fail(f"--data_path {root}: no such folder")
+        fail(f"{flag} {root}: no such folder")
     paths, excluded = [], os.path.realpath(exclude) if exclude else None
     for folder, _, names in os.walk(root, followlinks=True):
         if excluded and os.path.realpath(folder) == excluded:
@@ -145,7 +145,7 @@ def list_images(root: str | Path, exclude: str | Path | None = None,
         paths += [os.path.join(folder, name) for name in names
                   if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
     if not paths:
-        fail(f"--data_path {root}: no image in it ({', '.join(sorted(suffixes))})")
+        fail(f"{flag} {root}: no image in it ({', '.join(sorted(suffixes))})")
     return sorted(paths)
 
 
@@ -558,7 +558,7 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
     known = ("arch", "patch_size", "img_size", "mean", "std")
-    info = {name: args[name] for name in known if name in args} if args else {}
+    info = {name: args[name] for name in known if args.get(name) is not None} if args else {}
     if isinstance(info.get("img_size"), list):  # one side, or height and width
         info["img_size"] = tuple(info["img_size"]) if len(set(info["img_size"])) > 1 else info["img_size"][0]
     inner = key if key not in checkpoint else None  # a network within a state dict

@@ -201,7 +201,7 @@ def extract_features(backbone: nn.Module, dataset: torch.utils.data.Dataset, mea
     features, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     lost = int((labels < 0).sum())
     if lost > 0.01 * len(dataset):
-        common.fail(f"--data_path: {lost} of {len(dataset)} images are unreadable, more than 1 %", code=1)
+        common.fail(f"{lost} of {len(dataset)} images are unreadable, more than 1 %", code=1)
     return features[labels >= 0], labels[labels >= 0]
 
 

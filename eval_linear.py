@@ -4,8 +4,9 @@
     # training images; beside image statistics and untrained weights
     python eval_linear.py --data_path LABELLED --weights OUT image_stats random --output_dir PROBE
     # the papers' way, new crops in each epoch and one learning rate: DINO-MC's, MHCL's
-    python eval_linear.py --data_path LABELLED --weights OUT --protocol paper --lrs .001
-    python eval_linear.py --data_path LABELLED --weights OUT --protocol paper --lrs .1 --schedule 60 80
+    python eval_linear.py --data_path LABELLED --weights OUT --output_dir PAPER --protocol paper --lrs .001
+    python eval_linear.py --data_path LABELLED --weights OUT --output_dir PAPER --protocol paper --lrs .1 \
+        --schedule 60 80
     # fine-tuning, on several GPUs
     python -m torch.distributed.run --nproc_per_node 4 eval_linear.py --finetune --data_path LABELLED \
         --weights OUT --output_dir FINE --layer_decay .65 --drop_path .1 --mixup .8 --cutmix 1 --erase .25
@@ -28,8 +29,8 @@ class tokens of its last `--n_last_blocks`, that of other nets the pooled last m
 backbone too, on all training images; the last epoch counts.
 
 In OUT: results.jsonl gets a line for each of the weights, with top-1 and macro precision, recall and F1; of
-the first of them there are head.pth, backbone/ and confusion.png (rows: true class, columns: predicted).
-`--predict` writes predictions.csv.
+the first of them (but image_stats) there are head.pth, backbone/ and confusion.png (rows: true class,
+columns: predicted). `--predict` writes predictions.csv.
 """
 
 import argparse
@@ -44,6 +45,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
+import timm.layers
 import timm.optim
 import torch
 import torch.distributed as dist
@@ -63,6 +65,10 @@ from eval_knn import BASELINES, ImageStats, LabelledImages, extract_features, lo
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
 FREE_FLAGS = {"data_path", "num_workers", "batch_size_per_gpu", "accum_steps", "output_dir",
               "device", "amp", "save_every", "log_every", "per_class", "max_steps"}
+HELD_OUT = 0.2  # of the training images of each class, to choose the learning rate on
+FINETUNE_FLAGS = ("drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr "
+                  "warmup_epochs weight_decay layer_decay save_every log_every max_steps").split()
+FROZEN_FLAGS = "protocol augment_passes n_last_blocks avgpool lrs schedule batch_size".split()
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
 
 # --------------------------------------------------------------------------------------------------
@@ -80,9 +86,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_path", help="class folders, or train/ and val/ (or test/) holding them")
     add("--predict", help="instead: classify this folder's images, with an --output_dir as --weights")
     add("--img_size", type=int, help="side of the crop; none: the weights' own, else 224")
-    add("--val_fraction", type=float, default=0.2, help="of each class, to test on where there is no train/, "
-        "and of the training images to choose the learning rate on")
-    add("--split_seed", type=int, default=0, help="of these splits")
+    add("--val_fraction", type=float, default=0.2, help="of each class, to test on; where there is no train/")
+    add("--split_seed", type=int, default=0, help="of that split, and of the part that a rate is chosen on")
     add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
 
     add = parser.add_argument_group("model").add_argument
@@ -127,7 +132,7 @@ def get_parser() -> argparse.ArgumentParser:
         "that below; .65 for a ViT after MAE")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default=".", help="where all is written; a fine-tuning found there goes on")
+    add("--output_dir", required=True, help="where all is written; a fine-tuning found there goes on")
     add("--seed", type=int, default=0, help="of random weights, heads, order and crops")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs with it")
@@ -135,6 +140,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--log_every", type=int, default=20, help="--finetune: steps between lines of the log")
     add("--max_steps", type=int, help="--finetune: stop after this many optimizer steps, without a result")
     return parser
+
+
+def changed_flags(args: argparse.Namespace) -> dict:
+    """The flags that are not at their defaults."""
+    parser = get_parser()
+    return {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -161,10 +172,13 @@ def check_args(args: argparse.Namespace) -> None:
         common.fail(f"--weights {' '.join(args.weights)}: one at a time with --finetune and --predict")
     if args.finetune and args.weights == ["image_stats"]:
         common.fail("--weights image_stats: has nothing to fine-tune")
-    if args.drop_path and not args.finetune:
-        common.fail(f"--drop_path {args.drop_path}: only with --finetune")
-    if args.finetune and (args.n_last_blocks or args.avgpool or args.augment_passes or args.schedule):
-        common.fail("--n_last_blocks, --avgpool, --augment_passes, --schedule: not with --finetune")
+    changed = changed_flags(args).keys()
+    for name in changed & set(FINETUNE_FLAGS) if not args.finetune else ():
+        common.fail(f"--{name} {getattr(args, name)}: only with --finetune")
+    for name in changed & set(FROZEN_FLAGS) if args.finetune else ():
+        common.fail(f"--{name} {getattr(args, name)}: not with --finetune")
+    if args.predict and (args.finetune or args.checkpoint_key):
+        common.fail("--finetune, --checkpoint_key: not with --predict")
     if args.finetune and args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     if args.rand_augment > 10:
@@ -222,13 +236,16 @@ class FinetuneImages(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        """Returns the crop C x img_size x img_size in float and its class."""
+        """Returns the crop C x img_size x img_size and its class."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
         path, label = self.samples[index]
         crop = random_crop(common.read_pixels(path, self.in_chans), self.img_size)
-        crop = self.augment(crop) if self.augment else crop
-        return common.to_float(crop).contiguous(), label
+        if self.augment:
+            if crop.dtype != torch.uint8:
+                raise common.UnreadableImageError(f"{path}: --rand_augment is for 8-bit pixels")
+            crop = self.augment(crop)
+        return crop.contiguous(), label
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,12 +271,14 @@ class LastBlocks(nn.Module):
         blocks = self.vit.get_intermediate_layers(  # patch tokens and prefix tokens of each
             images, self.n_last_blocks, return_prefix_tokens=True, norm=True)
         parts = [prefix[:, 0] for _, prefix in blocks]
-        return torch.cat(parts + [blocks[-1][0].mean(1)] * self.avgpool, -1)
+        if self.avgpool:
+            parts.append(blocks[-1][0].mean(1))
+        return torch.cat(parts, -1)
 
 
 def with_features(backbone: nn.Module, name: str, n_last_blocks: int | None, avgpool: bool) -> nn.Module:
     """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is."""
-    if isinstance(backbone, VisionTransformer) and backbone.num_prefix_tokens:
+    if isinstance(backbone, VisionTransformer) and backbone.has_class_token:
         n = n_last_blocks or min(4, len(backbone.blocks))
         if n > len(backbone.blocks):
             common.fail(f"--n_last_blocks {n}: {name} has {len(backbone.blocks)}")
@@ -300,8 +319,9 @@ def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Ten
         order = torch.Generator().manual_seed(common.stream_seed(seed, "head order", epoch))
         shuffled = index[torch.randperm(len(index), generator=order).to(index.device)]
         for i, batch in enumerate(shuffled.split(batch_size)):
-            now = common.cosine_schedule(1.0, 0.0, epoch * steps_per_epoch + i, epochs * steps_per_epoch)
-            if schedule is not None:
+            if schedule is None:
+                now = common.cosine_schedule(1.0, 0.0, epoch * steps_per_epoch + i, epochs * steps_per_epoch)
+            else:
                 now = 0.1 ** sum(epoch >= milestone for milestone in schedule)
             logits = torch.einsum("bd,lcd->blc", x[batch], W) + b
             targets = labels[batch].unsqueeze(1).expand(-1, L)
@@ -388,7 +408,8 @@ def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, m
         return ((x - center) / spread).to(process.device)
 
     x, test_x, labels = on_device(x), on_device(test_x), labels.clone().to(process.device)
-    K, passes = args.epochs if args.protocol == "paper" else args.augment_passes, {}
+    passes = {}
+    K = args.epochs if args.protocol == "paper" else args.augment_passes  # 0: centre crops
 
     def features_at(epoch: int) -> Tensor:
         if K == 0:
@@ -408,7 +429,9 @@ def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, m
 
     everything, lr, choice = torch.arange(len(x), device=x.device), args.lrs[0], {}
     if len(args.lrs) > 1:
-        held = held_out(labels.cpu(), args.val_fraction, args.split_seed).to(x.device)
+        held = held_out(labels.cpu(), HELD_OUT, args.split_seed).to(x.device)
+        if not held.any():
+            common.fail("--lrs: one image of each class is too few to choose among several; give one")
         W, b = fit(everything[~held], args.lrs)
         predicted = (torch.einsum("nd,lcd->lnc", x[held], W) + b.unsqueeze(1)).argmax(-1)  # L x N
         top1 = 100 * (predicted == labels[held]).double().mean(1)
@@ -431,6 +454,8 @@ def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, m
 def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, std: tuple,
              args: argparse.Namespace, process: Process, out: Path) -> bool:
     """Trains backbone and head, a timm model of C classes, in place; True when all epochs are done."""
+    if args.rand_augment and len(mean) not in (1, 3):
+        common.fail(f"--rand_augment {args.rand_augment}: only for 1 and 3 channels, not {len(mean)}")
     effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
     steps_per_epoch = len(train) // effective_batch
     if not steps_per_epoch:
@@ -448,7 +473,7 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
     saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
     model.to(process.device).train()
     if process.world_size > 1 and process.device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = timm.layers.convert_sync_batchnorm(model)
     optimizer = timm.optim.create_optimizer_v2(
         model, opt="momentum" if args.optimizer == "sgd" else args.optimizer, lr=args.lr, momentum=0.9,
         weight_decay=args.weight_decay, layer_decay=args.layer_decay)
@@ -488,7 +513,7 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
         losses = []
         for micro in range(args.accum_steps):
             images, targets = (x.to(process.device, non_blocking=True) for x in meter.fetch(batches))
-            images = common.normalize(images, mean, std)
+            images = common.normalize(common.to_float(images), mean, std)
             # The draws of mixing, erasing and drop path.
             torch.manual_seed(common.stream_seed(args.seed, "mix", step, micro, process.rank))
             if args.erase:
@@ -545,7 +570,7 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     backbone, img_size, mean, std, _, report = prepare(str(source), state, info, args)
     if head["n_last_blocks"]:
         backbone = LastBlocks(backbone, head["n_last_blocks"], head["avgpool"])
-    paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES)
+    paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
     if process.is_main:
         print(report)
     dataset = LabelledImages([(path, i) for i, path in enumerate(paths)], img_size, len(mean))
@@ -619,40 +644,47 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     prepared = [prepare(name, *sources.get(name, borrowed), args, args.drop_path) for name in args.weights]
 
     lines, versions, task = [], common.versions(), "finetune" if args.finetune else f"linear, {args.protocol}"
+    free = FREE_FLAGS | {"weights", "checkpoint_key", "arch", "img_size", "split_seed", "seed", "finetune"}
+    settings = {name: value for name, value in changed_flags(args).items() if name not in free}
+    kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
+    if args.finetune:  # what a checkpoint has to say of its network
+        vars(args).update(zip(("img_size", "mean", "std", "arch"), prepared[0][1:5], strict=True))
+    elif (out / "checkpoint.pth").is_file():
+        common.fail(f"--output_dir {out}: holds a training run, whose backbone would be replaced")
     for name, (backbone, img_size, mean, std, arch, report) in zip(args.weights, prepared, strict=True):
         began = time.perf_counter()
         if process.is_main:
             print(f"{arch}: {report}" if arch else report, flush=True)
-        data = train, test, len(classes), img_size, mean, std, args, process
         model = backbone if args.finetune else with_features(backbone, name, args.n_last_blocks, args.avgpool)
-        done = run_finetune(model, *data, out) if args.finetune else probe(model, *data)
+        judge = partial(run_finetune, out=out) if args.finetune else probe
+        done = judge(model, train, test, len(classes), img_size, mean, std, args=args, process=process)
         if done is None:
             if process.is_main:
-                print(f"stopped before the end; the same command goes on: {out}")
+                print(f"stopped before the end; the same command goes on (raise --max_steps): {out}")
             return
         result, confusion, (weight, bias) = done
         figures = metrics(confusion)
         if args.per_class:
             share = 100 * confusion.diag() / confusion.sum(1)
             figures["per_class"] = [None if math.isnan(x) else round(x, 3) for x in share.tolist()]
-        if process.is_main and not lines:  # of the first
+        if process.is_main and name == kept:
             save_confusion(out / "confusion.png", confusion, classes)
-            if not isinstance(backbone, ImageStats):
-                head = {"weight": weight, "bias": bias, "classes": classes,
-                        "n_last_blocks": getattr(model, "n_last_blocks", 0),
-                        "avgpool": getattr(model, "avgpool", False)}
-                common.export_backbone(backbone.cpu(), out / "backbone", img_size, mean, std)
-                common.write_atomically(out / "head.pth", partial(torch.save, head))
+            head = {"weight": weight, "bias": bias, "classes": classes,
+                    "n_last_blocks": getattr(model, "n_last_blocks", 0),
+                    "avgpool": getattr(model, "avgpool", False)}
+            built_size = backbone.model_args.get("img_size", img_size)  # of a ViT: that of its positions
+            common.export_backbone(backbone.cpu(), out / "backbone", built_size, mean, std)
+            common.write_atomically(out / "head.pth", partial(torch.save, head))
         lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
-                      "data": args.data_path, "split": split, "img_size": img_size, "epochs": args.epochs,
-                      "seed": args.seed, **result, **figures,
+                      "data": args.data_path, "split": split, "img_size": img_size, "seed": args.seed,
+                      "settings": settings, **result, **figures,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
+        if process.is_main:
+            with open(out / "results.jsonl", "a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
     if process.is_main:
         print_table(lines, classes)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        with open(out / "results.jsonl", "a") as file:
-            file.write(text)
-        print(text, end="")
+        print("\n".join(map(json.dumps, lines)))
 
 
 def main() -> None:

@@ -255,11 +255,15 @@ BAD_LINEAR = [
         "--n_last_blocks 9: random has 6",
     ),
     (["--drop_path", "0.1"], "--drop_path 0.1: only with --finetune"),
-    (["--rand_augment", "11"], "--rand_augment 11.0: must be at most 10"),
-    (["--erase", "2"], "--erase 2.0: must be between 0 and 1"),
+    (["--lr", "0.1"], "--lr 0.1: only with --finetune"),
+    (
+        ["--finetune", "--weights", "random", "--rand_augment", "11"],
+        "--rand_augment 11.0: must be at most 10",
+    ),
+    (["--finetune", "--weights", "random", "--erase", "2"], "--erase 2.0: must be between 0 and 1"),
     (["--finetune"], "--weights image_stats: has nothing to fine-tune"),
     (["--finetune", "--weights", "random", "image_stats"], "one at a time with --finetune and --predict"),
-    (["--finetune", "--weights", "random", "--avgpool"], "--avgpool, --augment_passes, --schedule: not with"),
+    (["--finetune", "--weights", "random", "--avgpool"], "--avgpool True: not with --finetune"),
     (
         ["--finetune", "--weights", "random", "--epochs", "5"],
         "--warmup_epochs 5: must be less than --epochs 5",

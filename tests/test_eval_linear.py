@@ -23,7 +23,7 @@ def rand(*shape, seed=0):
 
 
 def make_args(*flags):
-    base = ["--data_path", "x", "--weights", "random", "--num_workers", "0", "--device", "cpu"]
+    base = "--data_path x --output_dir x --weights random --num_workers 0 --device cpu".split()
     args = eval_linear.get_parser().parse_args([*base, *map(str, flags)])
     eval_linear.check_args(args)
     return args
