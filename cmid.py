@@ -670,6 +670,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
                             "batch_top1": (batch_top1(q[0], k[1]) + batch_top1(q[1], k[0])) / 2,
                             "match_distance": distances.mean(), "feature_std": feature_std(pooled.detach())})
 
+        grad_norm = common.grad_norm(network, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -679,7 +680,8 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
             memory.center = memory.moved_center(mean)
         memory.enqueue(torch.cat(keys).flatten(0, 1))  # both views' keys, once each
 
-        meter.end_step({name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]})
+        terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
+        meter.end_step({**terms, "grad_norm": grad_norm})
         first = slice(min(B, 8))  # of view 1
         draw = partial(save_reconstruction, images[first], masked[first], prediction[first].detach(),
                        mask[first], args)
@@ -827,7 +829,8 @@ def main() -> None:
         if args.moco_k > len(paths):
             print(f"warning: --moco_k {args.moco_k}: more keys than the {len(paths)} images; the queue often "
                   "holds older keys of the query's own image, as negatives", file=sys.stderr)
-    log = common.RunLog(out, process, end_step, start_step, header)
+    log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
+                        advice="Try a lower --lr, longer --warmup_epochs, or a larger --momentum")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:

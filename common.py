@@ -6,6 +6,7 @@ what a run writes.
 
 import argparse
 import atexit
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -138,10 +139,13 @@ def list_images(root: str | Path, exclude: str | Path | None = None,
     """Paths of all images below `root`, links followed, but not in folder `exclude`; sorted."""
     if not os.path.isdir(root):
         fail(f"{flag} {root}: no such folder")
-    paths, excluded = [], os.path.realpath(exclude) if exclude else None
-    for folder, _, names in os.walk(root, followlinks=True):
-        if excluded and os.path.realpath(folder) == excluded:
+    paths, done = [], {os.path.realpath(exclude)} if exclude else set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        if (place := os.path.realpath(folder)) in done:  # or a link back to a folder above
+            folders.clear()
             continue
+        done.add(place)
+        folders.sort()
         paths += [os.path.join(folder, name) for name in names
                   if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
     if not paths:
@@ -657,12 +661,14 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
         **{key: backbone.pretrained_cfg.get(key) for key in kept}, "num_classes": 0,
         "input_size": (len(mean), *timm.layers.to_2tuple(img_size)), "mean": tuple(mean), "std": tuple(std),
         "crop_pct": 224 / 256, "interpolation": "bicubic"}
-    timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args), safe_serialization=True)
-    shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own is for the owner alone
-    folder.mkdir(exist_ok=True)
-    for name in ("config.json", "model.safetensors"):
-        os.replace(new / name, folder / name)
-    shutil.rmtree(new)
+    with writing(folder):
+        timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args),
+                                safe_serialization=True)
+        shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own: the owner's alone
+        folder.mkdir(exist_ok=True)
+        for name in ("config.json", "model.safetensors"):
+            os.replace(new / name, folder / name)
+        shutil.rmtree(new)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -687,6 +693,18 @@ def param_groups(model: nn.Module) -> list[dict]:
 
 
 @torch.no_grad()
+def grad_norm(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
+    """Norm of the whole gradient, after taking back fp16's scale; not finite where the loss's terms may be.
+
+    An overflow of fp16 counts as 0: the scaler leaves that step out and takes a smaller scale.
+    """
+    scaler.unscale_(optimizer)
+    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    norm = torch.linalg.vector_norm(torch.stack(norms))
+    return norm.nan_to_num(0.0, 0.0, 0.0) if scaler.is_enabled() else norm
+
+
+@torch.no_grad()
 def update_ema(online: nn.Module, average: nn.Module, momentum: float) -> None:
     """Sets average <- momentum * average + (1 - momentum) * online, over parameters; buffers stay."""
     torch._foreach_lerp_(list(average.parameters()), list(online.parameters()), 1 - momentum)
@@ -697,14 +715,28 @@ def update_ema(online: nn.Module, average: nn.Module, momentum: float) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Ends the run in one line where `path` cannot be written: no space, no right, no folder any more."""
+    try:
+        yield
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
+        fail(f"{path}: cannot be written: {cause}; the last checkpoint stays", code=1, everywhere=True)
+
+
 def write_atomically(path: Path, write: Callable) -> None:
     """Calls `write(file)` on a temporary file, flushes and renames it: `path` is old or new, always whole."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with writing(path):
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)  # half of a file only takes the space
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -748,7 +780,7 @@ def make_output_dir(folder: str, process: Process) -> Path:
     try:
         if process.is_main:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            write_atomically(Path(folder) / "log.jsonl.probe", lambda file: None)
+            (Path(folder) / "log.jsonl.probe").touch()
             (Path(folder) / "log.jsonl.probe").unlink()
     except OSError as error:
         fail(f"--output_dir {folder}: cannot be written to: {error}")
@@ -867,12 +899,25 @@ class Meter:
 
 
 class RunLog:
-    """log.jsonl and the progress bar of the main process; the other processes get one that does nothing."""
+    """log.jsonl and the progress bar of the main process; the other processes get one that does nothing.
 
-    def __init__(self, folder: Path, process: Process, total_steps: int, start_step: int, header: dict):
-        self.active = process.is_main
+    Args:
+        folder: where log.jsonl is.
+        process: this one.
+        total_steps: of the run, when it is done.
+        start_step: where this part of it begins; later lines of an interrupted one go.
+        header: of this part.
+        floors: health figures, and the value that a collapsed network is below. One that stays below for a
+            tenth of the run, and five lines, brings one warning with `advice`.
+        advice: what to try then.
+    """
+
+    def __init__(self, folder: Path, process: Process, total_steps: int, start_step: int, header: dict,
+                 floors: dict[str, float] | None = None, advice: str = ""):
+        self.active, self.floors, self.advice = process.is_main, floors or {}, advice
         if not self.active:
             return
+        self.below, self.patience = {name: [] for name in self.floors}, total_steps / 10
         self.path = folder / "log.jsonl"
         old = self.path.read_text().splitlines() if self.path.exists() and start_step else []
         kept = [line for line in old if self._step(line) <= start_step]  # later steps will be done again
@@ -888,12 +933,21 @@ class RunLog:
         except json.JSONDecodeError:  # half a line, from a kill while it was written
             return math.inf
 
+    def _watch(self, step: int, values: dict) -> None:
+        for name, floor in self.floors.items():
+            self.below[name] = below = [*self.below[name], step] if values[name] < floor else []
+            if len(below) >= 5 and step - below[0] >= self.patience:
+                print(f"warning: {name} below {floor} since step {below[0]}: collapse, the network says the "
+                      f"same of all images. {self.advice}", file=sys.stderr, flush=True)
+                self.floors = {}  # once is enough
+
     def write(self, step: int, values: dict) -> None:
         """Appends one line with `step` and `values`, and shows it."""
         if not self.active:
             return
-        with open(self.path, "a") as file:
+        with writing(self.path), open(self.path, "a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
+        self._watch(step, values)
         words = []
         for name, value in values.items():
             numbers = value if isinstance(value, list) else [value]

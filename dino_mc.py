@@ -522,7 +522,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
             teacher_mean += teacher_out.float().mean((0, 1)) / args.accum_steps
 
         # Student: each tensor's gradient is clipped, the prototypes rest during the first epochs.
-        scaler.unscale_(optimizer)
+        grad_norm = common.grad_norm(network, optimizer, scaler)
         if args.clip_grad:
             clip_gradients(network.parameters(), args.clip_grad)
         if epoch < args.freeze_last_layer:
@@ -540,7 +540,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         dino_loss.update_center(teacher_mean)
         common.update_ema(network, teacher, now["momentum"])
 
-        meter.end_step({"loss": step_loss})
+        meter.end_step({"loss": step_loss, "grad_norm": grad_norm})
         # Health, of the last micro-batch in the main process, is for log steps only: it waits for the GPU.
         compute_health = partial(health, teacher_out, center, teacher_temp, features[: T * B])
         if after_step(step + 1, {**now, "teacher_temp": teacher_temp}, compute_health):
@@ -678,7 +678,8 @@ def main() -> None:
     if process.is_main:
         derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
-    log = common.RunLog(out, process, end_step, start_step, header)
+    log = common.RunLog(out, process, end_step, start_step, header, floors={"kl": 0.02, "feature_std": 0.05},
+                        advice="Try a lower --teacher_temp or --lr, longer warm-ups, or --use_bn_in_head")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:

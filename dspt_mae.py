@@ -519,11 +519,13 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
             figures.append({"loss": loss.detach(), "flat_loss": flat_loss,
                             "feature_std": feature_std(features.detach())})
 
+        grad_norm = common.grad_norm(network, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
 
-        meter.end_step({name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]})
+        terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
+        meter.end_step({**terms, "grad_norm": grad_norm})
         draw = partial(save_pictures, "reconstruction.png", images, patches, mask, prediction.detach(), p,
                        grid, crops.dtype, args)
         if after_step(step + 1, now, draw):
@@ -647,7 +649,8 @@ def main() -> None:
             print(line)
         derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
-    log = common.RunLog(out, process, end_step, start_step, header)
+    log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
+                        advice="Try a lower --lr or longer --warmup_epochs")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:

@@ -64,10 +64,11 @@ from eval_knn import BASELINES, ImageStats, LabelledImages, extract_features, lo
 
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
 FREE_FLAGS = {"data_path", "num_workers", "batch_size_per_gpu", "accum_steps", "output_dir",
-              "device", "amp", "save_every", "log_every", "per_class", "max_steps"}
+              "device", "amp", "save_every", "save_minutes", "log_every", "per_class", "max_steps"}
 HELD_OUT = 0.2  # of the training images of each class, to choose the learning rate on
-FINETUNE_FLAGS = ("drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr "
-                  "warmup_epochs weight_decay layer_decay save_every log_every max_steps").split()
+FINETUNE_FLAGS = (
+    "drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr warmup_epochs "
+    "weight_decay layer_decay save_every save_minutes log_every max_steps").split()
 FROZEN_FLAGS = "protocol augment_passes n_last_blocks avgpool lrs schedule batch_size".split()
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
 
@@ -137,6 +138,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs with it")
     add("--save_every", type=int, default=1, help="--finetune: epochs between checkpoints")
+    add("--save_minutes", type=float, default=15, help="--finetune: and the longest time between them")
     add("--log_every", type=int, default=20, help="--finetune: steps between lines of the log")
     add("--max_steps", type=int, help="--finetune: stop after this many optimizer steps, without a result")
     return parser
@@ -153,7 +155,7 @@ def check_args(args: argparse.Namespace) -> None:
     positive = ("img_size patch_size n_last_blocks epochs batch_size batch_size_per_gpu accum_steps lr "
                 "save_every log_every max_steps")
     not_negative = ("num_workers augment_passes mixup cutmix rand_augment min_lr warmup_epochs weight_decay "
-                    "seed")
+                    "save_minutes seed")
     common.check_range(args, positive.split(), not_negative.split(), ["drop_path", "smoothing", "erase"])
     if (args.data_path is None) == (args.predict is None):
         common.fail("--data_path or --predict: give one of the two")
@@ -505,6 +507,7 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
     log = common.RunLog(out, process, end_step, start_step, header)
     meter, stop, done = common.Meter(process, len(train)), common.StopSignal(), start_step
+    saved_at = time.monotonic()
 
     for step in range(start_step, end_step):
         lr = common.cosine_schedule(base_lr, args.min_lr, step, total_steps, warmup_steps)
@@ -527,15 +530,17 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
                 loss = criterion(logits.float(), targets)
                 scaler.scale(loss / args.accum_steps).backward()
             losses.append(loss.detach())
+        grad_norm = common.grad_norm(model, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        meter.end_step({"loss": torch.stack(losses).mean()})
+        meter.end_step({"loss": torch.stack(losses).mean(), "grad_norm": grad_norm})
 
         done = step + 1
-        stopping = common.agree(process, stop.seen)[0]
+        overdue = time.monotonic() - saved_at > 60 * args.save_minutes
+        stopping, overdue = common.agree(process, stop.seen, overdue)
         epochs, rest = divmod(done, steps_per_epoch)
-        saving = stopping or done == end_step or (rest == 0 and epochs % args.save_every == 0)
+        saving = stopping or overdue or done == end_step or (rest == 0 and epochs % args.save_every == 0)
         if saving or done % args.log_every == 0:
             log.write(done, {"epoch": epochs, **meter.summary(done, effective_batch), "lr": lr})
         if saving:
@@ -543,6 +548,7 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
                 state = {name: part.state_dict() for name, part in stateful.items()}
                 state |= {**identity, "step": done, "epoch": epochs, "versions": header["versions"]}
                 common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
+            saved_at = time.monotonic()
             meter.restart()
         log.advance()
         if stopping:

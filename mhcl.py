@@ -483,13 +483,15 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
             figures.append({**terms, "feature_std": feature_std(features.detach())})
 
         # Query encoder by gradient, then the key encoder follows, then the keys enter the queue.
+        grad_norm = common.grad_norm(network, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
         common.update_ema(network, encoder_k, args.moco_m)
         mhcl_loss.enqueue(torch.cat(keys))
 
-        meter.end_step({name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]})
+        terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
+        meter.end_step({**terms, "grad_norm": grad_norm})
         if after_step(step + 1, {"lr": lr}):
             return True
     return False
@@ -637,7 +639,8 @@ def main() -> None:
         if args.moco_k > len(paths) / 2:
             print(f"warning: --moco_k {args.moco_k}: more than half of the {len(paths)} images; the queue "
                   "often holds an older key of the query's own image, as a negative", file=sys.stderr)
-    log = common.RunLog(out, process, end_step, start_step, header)
+    log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
+                        advice="Try a lower --lr, --warmup_epochs, or a larger --moco_m")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:

@@ -1,7 +1,11 @@
 """Fixtures: small scene images, and the scripts run inside this process."""
 
+import atexit
+import contextlib
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -31,8 +35,9 @@ METHOD = {
     "cmid": "--moco_k 16 --mask_patch_size 8 --local_dim 32 --warmup_teacher_temp_epochs 0".split(),
     "dspt_mae": "--decoder_dim 32 --decoder_depth 1 --decoder_heads 2".split(),
 }
-ARCH = {script: "--arch test_vit --patch_size 8".split() for script in ("dino_mc", "dspt_mae")}
 TRAINING = list(METHOD)
+METHOD["eval_linear"] = "--finetune --weights random".split()
+ARCH = {script: "--arch test_vit --patch_size 8".split() for script in ("dino_mc", "dspt_mae", "eval_linear")}
 
 
 def tiny(script, *flags):
@@ -102,6 +107,87 @@ def launch(*command, processes=1, **kwargs):
         text=True,
         **kwargs,
     )
+
+
+# Scripts start here in copies of one process that has imported everything: seconds sooner than anew.
+server = multiprocessing.get_context("forkserver")
+server.set_forkserver_preload([*TRAINING, "eval_knn", "eval_linear", "pytest", "conftest"])
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _main(script, flags, environment, output, prepare):
+    with contextlib.suppress(PermissionError):
+        os.setsid()  # with its workers, apart from the tests
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of workers, as in a process started anew
+    os.environ.update(environment)
+    sys.argv = [f"{script}.py", *map(str, flags)]
+    if prepare:
+        prepare[0](*prepare[1:])
+    try:
+        __import__(script).main()
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing would not
+
+
+class Run:
+    """A script's main() in one or several processes of their own, with the processes of a launcher.
+
+    `prepare`: (function, *arguments), called in the process of rank 0 before main().
+    """
+
+    def __init__(self, folder, script, *flags, processes=1, prepare=None):
+        self.outputs, self.processes = [], []
+        folder.mkdir(exist_ok=True, parents=True)
+        environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        for rank in range(processes):
+            output = folder / f"rank{rank}.txt"
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            process = server.Process(target=_main, args=(script, flags, own, output, prepare))
+            prepare = None
+            process.start()
+            self.processes.append(process)
+            self.outputs.append(output)
+
+    def poll(self):
+        """None while all processes run."""
+        codes = [process.exitcode for process in self.processes]
+        return None if all(code is None for code in codes) else codes
+
+    def signal(self, number):
+        """To all processes and their workers, as from a scheduler or Ctrl-C."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, number)
+
+    def wait(self, timeout=120):
+        """Exit codes; all that was printed."""
+        for process in self.processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.processes]
+        self.signal(signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        return codes, self.text()
+
+    def text(self):
+        return "".join(output.read_text() for output in self.outputs if output.exists())
+
+    def finish(self):
+        """Waits for a run that must succeed; all that was printed."""
+        codes, text = self.wait()
+        assert not any(codes), text[-3000:]
+        return text
 
 
 def assert_same(a, b, path=""):

@@ -379,10 +379,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path, 
     assert not (tmp_path / "checkpoint.pth").exists()  # nothing was good yet, and nothing bad is written
 
 
-def wait_for(process, log, step):
+def wait_for(process, log, step, seconds=60):
     """Waits until the log has a line of at least `step`."""
-    for _ in range(600):
-        assert process.poll() is None, process.communicate()
+    for _ in range(10 * seconds):
+        assert process.poll() is None, process.text() if hasattr(process, "text") else process.communicate()
         lines = log.read_text().splitlines() if log.exists() else []
         if any('"step"' in line and json.loads(line).get("step", 0) >= step for line in lines[:-1]):
             return

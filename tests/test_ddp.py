@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 
 import pytest
 import test_cmid
@@ -13,17 +12,10 @@ import test_dspt_mae
 import test_mhcl
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from conftest import assert_same_state, launch, tiny
+from conftest import Run, assert_same_state, free_port, launch, server, tiny
 from test_cli import wait_for
 
 import common
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def steps_of_one_process(rank, world_size, port, script, accum_steps, path):
@@ -73,7 +65,14 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path, script, accum_step
         path = tmp_path / f"{world_size}.pth"
         accum = accum_steps if world_size == 2 else 1
         arguments = (world_size, free_port(), script, accum, path)
-        mp.start_processes(steps_of_one_process, arguments, nprocs=world_size, start_method="spawn")
+        processes = [
+            server.Process(target=steps_of_one_process, args=(rank, *arguments)) for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        assert not any(process.exitcode for process in processes)
         results.append(torch.load(path, weights_only=True))
     one, two = results
     assert one.keys() == two.keys() and {"online", "terms"} <= one.keys()
@@ -87,12 +86,6 @@ def test_two_processes_equal_one_on_the_joint_batch(tmp_path, script, accum_step
     assert one["flags"] == [False, False] and two["flags"] == [True, False]
 
 
-def finish(process):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    return out
-
-
 @pytest.mark.parametrize(
     "script, flags",
     [
@@ -100,102 +93,71 @@ def finish(process):
         ("mhcl", ["--batch_size_per_gpu", "2", "--accum_steps", "2", "--bn_groups", "1"]),
         ("cmid", ["--batch_size_per_gpu", "2", "--accum_steps", "2"]),
         ("dspt_mae", ["--batch_size_per_gpu", "2", "--accum_steps", "2"]),
+        ("eval_linear", ["--batch_size_per_gpu", "2", "--accum_steps", "2"]),
     ],
 )
 def test_two_processes_train_stop_and_go_on_bit_for_bit(scenes, tmp_path, script, flags):
     flags = tiny(script, *flags, "--log_every", "1", "--save_every", "100", "--epochs", "12")
-    base = [f"{script}.py", "--data_path", scenes / "train", *flags]
-    finish(launch(*base, "--output_dir", tmp_path / "a", "--max_steps", "12", processes=2))
-    process = launch(
-        *base, "--output_dir", tmp_path / "b", "--num_workers", "1", processes=2, start_new_session=True
-    )
-    wait_for(process, tmp_path / "b" / "log.jsonl", 3)
-    os.killpg(process.pid, signal.SIGTERM)  # the launcher, both processes and their workers
-    out, err = process.communicate(timeout=60)
-    assert out.count("stopped by a signal after a checkpoint") == 1, err[-3000:]
-    assert 3 <= torch.load(tmp_path / "b" / "checkpoint.pth", weights_only=True)["step"] < 36
-    stopped_at = torch.load(tmp_path / "b" / "checkpoint.pth", weights_only=True)["step"]
-    end = ["--max_steps", str(max(12, stopped_at + 1))]
-    finish(launch(*base, "--output_dir", tmp_path / "b", *end, processes=2))
-    finish(launch(*base, "--output_dir", tmp_path / "a", *end, processes=2))
+    base = [script, "--data_path", scenes if script == "eval_linear" else scenes / "train", *flags]
+
+    def run(name, *more):
+        return Run(tmp_path / name, *base, "--output_dir", tmp_path / name, *more, processes=2)
+
+    run("a", "--max_steps", "12").finish()
+    stopped = run("b", "--num_workers", "1")
+    wait_for(stopped, tmp_path / "b" / "log.jsonl", 3)
+    stopped.signal(signal.SIGTERM)
+    assert stopped.finish().count("the same command goes on") == 1
+    step = torch.load(tmp_path / "b" / "checkpoint.pth", weights_only=True)["step"]
+    assert 3 <= step < 36
+    end = str(max(12, step + 1))
+    for name in "ab":
+        run(name, "--max_steps", end).finish()
     a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
     assert_same_state(b, a)
     header = json.loads((tmp_path / "a" / "log.jsonl").read_text().splitlines()[0])
     assert header["processes"] == 2 and header["effective_batch"] == 8
 
 
-def test_evaluation_gives_the_same_figure_with_two_processes(scenes, tmp_path):
-    figures = []
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        text = finish(
-            launch(
-                "eval_knn.py",
-                "--data_path",
-                scenes,
-                "--weights",
-                "random",
-                "image_stats",
-                "--arch",
-                "test_resnet",
-                "--img_size",
-                32,
-                "--nb_knn",
-                1,
-                3,
-                10,
-                "--per_class",
-                "--output_dir",
-                out,
-                "--num_workers",
-                0,
-                "--batch_size_per_gpu",
-                4,
-                "--device",
-                "cpu",
-                processes=processes,
-            )
-        )
-        lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        assert [json.loads(line) for line in text.splitlines()[-2:]] == lines and text.count("kNN top-1") == 1
-        figures.append([(line["top1"], line["per_class"], line["train_images"]) for line in lines])
-    assert figures[0] == figures[1]
+KNN = "--weights random image_stats --arch test_resnet --img_size 32 --nb_knn 1 3 10 --per_class"
+PROBE = "--weights random image_stats --arch test_resnet --img_size 32 --protocol paper --lrs 1 10 --epochs 4"
 
 
-def test_probe_gives_the_same_figures_with_two_processes(scenes, tmp_path):
+@pytest.mark.parametrize(
+    "script, flags", [("eval_knn", KNN), ("eval_linear", f"{PROBE} --batch_size 8 --per_class")]
+)
+def test_evaluation_gives_the_same_figures_with_two_processes(scenes, tmp_path, script, flags):
+    flags += " --num_workers 0 --batch_size_per_gpu 4 --device cpu"
     results = []
     for processes in (1, 2):
-        flags = "--weights random image_stats --arch test_resnet --img_size 32 --epochs 4 --batch_size 8"
-        flags += (
-            " --protocol paper --lrs 1 10 --num_workers 0 --batch_size_per_gpu 4 --device cpu --per_class"
-        )
         out = tmp_path / str(processes)
-        command = ["eval_linear.py", "--data_path", scenes, "--output_dir", out, *flags.split()]
-        finish(launch(*command, processes=processes))
+        base = ["--data_path", scenes, "--output_dir", out, *flags.split()]
+        text = Run(tmp_path / f"run{processes}", script, *base, processes=processes).finish()
         lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
-        results.append([{k: v for k, v in line.items() if k != "seconds"} for line in lines])
+        assert [json.loads(line) for line in text.splitlines()[-2:]] == lines and text.count("top-1") == 1
+        results.append([{name: x for name, x in line.items() if name != "seconds"} for line in lines])
     assert results[0] == results[1] and len(results[0]) == 2
 
 
-def test_finetuning_with_two_processes_stops_and_goes_on(scenes, tmp_path):
-    flags = "--finetune --weights random --arch test_vit --patch_size 8 --img_size 32 --epochs 3"
-    flags += " --warmup_epochs 1 --batch_size_per_gpu 2 --accum_steps 2 --mixup .8 --drop_path .1"
-    flags += " --num_workers 0 --device cpu"
-    base = ["eval_linear.py", "--data_path", scenes, *flags.split()]
-    finish(launch(*base, "--output_dir", tmp_path / "a", processes=2))
-    out = finish(launch(*base, "--output_dir", tmp_path / "b", "--max_steps", "4", processes=2))
-    assert out.count("stopped before the end; the same command goes on") == 1
-    finish(launch(*base, "--output_dir", tmp_path / "b", processes=2))
-    a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
-    assert_same_state(b, a)
-    assert a["effective_batch"] == 8 and (tmp_path / "a" / "head.pth").exists()
-    tops = [json.loads((tmp_path / name / "results.jsonl").read_text())["top1"] for name in "ab"]
-    assert tops[0] == tops[1]
+def test_finetuning_gives_its_result_with_two_processes(scenes, tmp_path):
+    flags = tiny("eval_linear", "--mixup", ".8", "--drop_path", ".1", "--batch_size_per_gpu", "2")
+    base = ["--data_path", scenes, "--output_dir", tmp_path, *flags]
+    text = Run(tmp_path, "eval_linear", *base, "--max_steps", "4", processes=2).finish()
+    assert text.count("stopped before the end; the same command goes on") == 1
+    assert not (tmp_path / "results.jsonl").exists()
+    Run(tmp_path, "eval_linear", *base, processes=2).finish()
+    result = json.loads((tmp_path / "results.jsonl").read_text())
+    assert 0 <= result["top1"] <= 100 and (tmp_path / "head.pth").exists()
+
+
+def test_launched_processes_train(scenes, tmp_path):
+    flags = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny("dspt_mae")]
+    process = launch("dspt_mae.py", *flags, processes=2)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and out.count("9 steps done") == 1, err[-3000:]
 
 
 def test_error_is_printed_once_per_machine(tmp_path):
-    process = launch(
-        "dino_mc.py", "--data_path", tmp_path, "--output_dir", tmp_path / "o", *tiny("dino_mc"), processes=2
-    )
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and len(re.findall("^error: .*no image in it", err, re.M)) == 1
+    flags = ["--data_path", tmp_path, "--output_dir", tmp_path / "o", *tiny("dino_mc")]
+    codes, text = Run(tmp_path / "run", "dino_mc", *flags, processes=2).wait()
+    assert codes == [2, 2] and len(re.findall("^error: .*no image in it", text, re.M)) == 1
