@@ -747,7 +747,8 @@ def load_checkpoint(path: str | Path) -> dict:
     except pickle.UnpicklingError as error:
         raise ValueError("refused, because loading it would run code; or no PyTorch file") from error
     except Exception as error:
-        raise ValueError(f"damaged, or no PyTorch file ({str(error).splitlines()[0][:100]})") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
 
 
 def resume_checkpoint(path: Path, now: dict, free_flags: set[str]) -> dict | None:
@@ -919,7 +920,8 @@ class RunLog:
             return
         self.below, self.patience = {name: [] for name in self.floors}, total_steps / 10
         self.path = folder / "log.jsonl"
-        old = self.path.read_text().splitlines() if self.path.exists() and start_step else []
+        with writing(self.path):
+            old = self.path.read_text().splitlines() if self.path.exists() and start_step else []
         kept = [line for line in old if self._step(line) <= start_step]  # later steps will be done again
         text = "".join(line + "\n" for line in [*kept, json.dumps(header)])
         write_atomically(self.path, lambda file: file.write(text.encode()))

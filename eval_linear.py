@@ -588,7 +588,8 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
         writer.writerow(["path", "class", "probability"])
         for i, p, c in zip(index.tolist(), probability.tolist(), label.tolist(), strict=True):
             writer.writerow([paths[i], head["classes"][c], f"{p:.4f}"])
-        common.write_atomically(out / "predictions.csv", lambda file: file.write(text.getvalue().encode()))
+        data = text.getvalue().encode(errors="surrogateescape")  # a file's name may be any bytes
+        common.write_atomically(out / "predictions.csv", lambda file: file.write(data))
         print(f"{len(index)} of {len(paths)} images classified: {out / 'predictions.csv'}")
 
 
