@@ -152,15 +152,13 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses values out of range and pairs that contradict each other, before any work."""
-    positive = ("img_size mask_patch_size num_matches moco_k moco_t local_dim student_temp teacher_temp "
+    positive = ("img_size mask_patch_size num_matches moco_k moco_t local_dim student_temp teacher_temp std "
                 "warmup_teacher_temp epochs batch_size_per_gpu accum_steps lr save_every log_every max_steps")
     not_negative = ("num_workers warmup_teacher_temp_epochs min_lr warmup_epochs weight_decay save_minutes "
-                    "seed")
-    common.check_range(args, positive.split(), not_negative.split(), unit=["momentum"])
-    if min(args.std) <= 0:
-        common.fail(f"--std {' '.join(map(str, args.std))}: must be above 0")
-    if min(args.loss_weights) < 0 or max(args.loss_weights) <= 0:
-        common.fail(f"--loss_weights {' '.join(map(str, args.loss_weights))}: none below 0, one above it")
+                    "seed loss_weights")
+    common.check_range(args, positive.split(), not_negative.split(), unit=["momentum", "mask_ratio"])
+    if not any(args.loss_weights):
+        common.fail("--loss_weights 0 0 0: leaves nothing to learn from")
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     for divisor, name in ((STRIDE, "the last map's stride"), (args.mask_patch_size, "--mask_patch_size")):

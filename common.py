@@ -61,14 +61,16 @@ def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
 
 def check_range(args: object, positive: Sequence[str] = (), not_negative: Sequence[str] = (),
                 unit: Sequence[str] = ()) -> None:
-    """Fails on the first flag out of its range: above 0, at least 0, or in [0, 1]; None passes."""
-    for names, allowed, words in ((positive, lambda value: value > 0, "above 0"),
-                                  (not_negative, lambda value: value >= 0, "at least 0"),
-                                  (unit, lambda value: 0 <= value <= 1, "between 0 and 1")):
+    """Fails on the first flag out of its range (above 0, at least 0, in [0, 1]) or infinite; None passes."""
+    for names, allowed, words in ((positive, lambda value: 0 < value < math.inf, "above 0"),
+                                  (not_negative, lambda value: 0 <= value < math.inf, "at least 0"),
+                                  (unit, lambda value: 0 <= value <= 1, "between 0 and 1"),
+                                  (["mean"] * hasattr(args, "mean"), math.isfinite, "finite")):
         for name in names:
             value = getattr(args, name)
-            if value is not None and not allowed(value):
-                fail(f"--{name} {value}: must be {words}")
+            values = value if isinstance(value, (list, tuple)) else [value]
+            if not all(number is None or allowed(number) for number in values):
+                fail(f"--{name} {' '.join(map(str, values))}: must be {words}")
 
 
 @dataclass(frozen=True)

@@ -149,12 +149,10 @@ def get_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Refuses values out of range and pairs that contradict each other, before any work."""
     positive = ("img_size patch_size out_dim student_temp teacher_temp warmup_teacher_temp epochs "
-                "batch_size_per_gpu accum_steps lr save_every log_every max_steps")
+                "batch_size_per_gpu accum_steps lr save_every log_every max_steps std")
     not_negative = ("num_workers warmup_teacher_temp_epochs freeze_last_layer local_crops_number min_lr "
                     "warmup_epochs weight_decay weight_decay_end clip_grad save_minutes seed")
     common.check_range(args, positive.split(), not_negative.split(), unit=["momentum_teacher", "drop_path"])
-    if min(args.std) <= 0:
-        common.fail(f"--std {' '.join(map(str, args.std))}: must be above 0")
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     for name in ("global_crops_scale", "local_crops_scale"):

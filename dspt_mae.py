@@ -137,13 +137,11 @@ def get_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Refuses values out of range and pairs that contradict each other, before any work."""
     positive = ("in_chans patch_size decoder_dim decoder_depth decoder_heads epochs batch_size_per_gpu "
-                "accum_steps lr save_every log_every max_steps")
+                "accum_steps lr save_every log_every max_steps std")
     common.check_range(args, positive.split(), "num_workers min_lr warmup_epochs weight_decay save_minutes "
                        "seed".split())
     if len(args.img_size) > 2 or min(args.img_size) <= 0:
         common.fail(f"--img_size {' '.join(map(str, args.img_size))}: one side, or height and width, above 0")
-    if min(args.std) <= 0:
-        common.fail(f"--std {' '.join(map(str, args.std))}: must be above 0")
     if not 0 < args.mask_ratio < 1:
         common.fail(f"--mask_ratio {args.mask_ratio}: must be between 0 and 1")
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:

@@ -315,7 +315,7 @@ def main() -> None:
     parser.error = common.fail
     args = parser.parse_args()
     common.check_range(args, positive=["img_size", "patch_size", "temperature", "batch_size_per_gpu"],
-                       not_negative=["num_workers"])
+                       not_negative=["num_workers", "seed", "split_seed"])
     if not 0 < args.val_fraction < 1:
         common.fail(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
     process = common.init_process(args.device)

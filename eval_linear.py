@@ -152,10 +152,10 @@ def changed_flags(args: argparse.Namespace) -> dict:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses values out of range and pairs that contradict each other, before any work."""
-    positive = ("img_size patch_size n_last_blocks epochs batch_size batch_size_per_gpu accum_steps lr "
+    positive = ("img_size patch_size n_last_blocks epochs batch_size batch_size_per_gpu accum_steps lr lrs "
                 "save_every log_every max_steps")
     not_negative = ("num_workers augment_passes mixup cutmix rand_augment min_lr warmup_epochs weight_decay "
-                    "save_minutes seed")
+                    "save_minutes seed split_seed")
     common.check_range(args, positive.split(), not_negative.split(), ["drop_path", "smoothing", "erase"])
     if (args.data_path is None) == (args.predict is None):
         common.fail("--data_path or --predict: give one of the two")
@@ -163,8 +163,6 @@ def check_args(args: argparse.Namespace) -> None:
         common.fail(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
     if not 0 < args.layer_decay <= 1:
         common.fail(f"--layer_decay {args.layer_decay}: must be above 0, at most 1")
-    if not min(args.lrs) > 0:
-        common.fail(f"--lrs {' '.join(map(str, args.lrs))}: must be above 0")
     if args.schedule and not 0 < min(args.schedule) <= max(args.schedule) < args.epochs:
         common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be between 0 and --epochs "
                     f"{args.epochs}")

@@ -150,11 +150,9 @@ def get_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Refuses values out of range and pairs that contradict each other, before any work."""
     positive = ("img_size moco_dim moco_k moco_t a b bn_groups epochs batch_size_per_gpu accum_steps lr "
-                "save_every log_every max_steps")
+                "save_every log_every max_steps std")
     not_negative = "num_workers warmup_epochs weight_decay save_minutes seed"
     common.check_range(args, positive.split(), not_negative.split(), unit=["moco_m"])
-    if min(args.std) <= 0:
-        common.fail(f"--std {' '.join(map(str, args.std))}: must be above 0")
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     if not args.cos and not all(0 < epoch < args.epochs for epoch in args.schedule):
