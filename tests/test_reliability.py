@@ -159,7 +159,7 @@ def children(pid):
     "script", ["dspt_mae", *(pytest.param(s, marks=pytest.mark.slow) for s in ALL if s != "dspt_mae")]
 )
 def test_launcher_restarts_after_a_process_is_killed(scenes, tmp_path, script):
-    script, *flags = base(script, scenes, tmp_path / "a", "--epochs", 40, "--log_every", 1)
+    script, *flags = base(script, scenes, tmp_path / "a", "--epochs", 20, "--log_every", 1)
     command = "-m torch.distributed.run --standalone --nproc_per_node 2 --max-restarts 3".split()
     process = launch(*command, f"{script}.py", *flags)
     wait_for(process, tmp_path / "a" / "log.jsonl", 10)
@@ -172,7 +172,7 @@ def test_launcher_restarts_after_a_process_is_killed(scenes, tmp_path, script):
     headers = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
     starts = [line["from_step"] for line in headers if "from_step" in line]
     assert len(starts) == 2 and starts[1] > 0
-    Run(tmp_path / "b", *base(script, scenes, tmp_path / "b", "--epochs", 40), processes=2).finish()
+    Run(tmp_path / "b", *base(script, scenes, tmp_path / "b", "--epochs", 20), processes=2).finish()
     assert_same_state(read(tmp_path / "a"), read(tmp_path / "b"))
 
 
@@ -195,9 +195,10 @@ def test_two_nodes_train_as_one_does(scenes, tmp_path, script):
 
 
 @pytest.mark.parametrize(
-    "script, number", [(script, signal.SIGINT) for script in ALL] + [("cmid", signal.SIGUSR1)]
+    "script, number",
+    [*((script, signal.SIGINT) for script in ALL), ("mhcl", signal.SIGTERM), ("dspt_mae", signal.SIGUSR1)],
 )
-def test_ctrl_c_stops_with_a_checkpoint_and_leaves_no_process(scenes, tmp_path, script, number):
+def test_a_signal_stops_the_run_with_a_checkpoint_and_leaves_no_process(scenes, tmp_path, script, number):
     flags = ["--epochs", 40, "--save_every", 100, "--log_every", 1, "--num_workers", 2]
     run = Run(tmp_path, *base(script, scenes, tmp_path, *flags))
     wait_for(run, tmp_path / "log.jsonl", 3)
