@@ -107,9 +107,28 @@ def init_process(device: str) -> Process:
         torch.cuda.set_device(local_rank)
     cpu_group = None
     if world_size > 1:
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        store = _store_of_this_start(rank, world_size)
+        dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world_size)
         cpu_group = dist.new_group(backend="gloo")
     return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), cpu_group)
+
+
+def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
+    # The launcher keeps one key-value store over its restarts, in which processes would find the addresses of
+    # dead ones. So rank 0 gives each start a name, and the others wait for it; their keys go under that name.
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    arrival = store.add(f"arrivals/{rank}", 1)
+    if rank > 0:
+        name = store.get(f"name/{rank}/{arrival}").decode()
+        store.set(f"{name}/here/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name, others = f"start {time.time_ns()}", range(1, world_size)
+    while not store.check([f"{name}/here/{other}" for other in others]):
+        for other in others:  # until all live ones have answered; the last arrival may be a dead one's
+            store.set(f"name/{other}/{store.add(f'arrivals/{other}', 0)}", name)
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
 
 
 def stream_seed(*parts: int | str) -> int:
