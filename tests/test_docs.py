@@ -27,7 +27,10 @@ def commands():
         parts = (
             re.findall(r"```bash\n(.*?)```", text, re.S) if name == "README.md" else [text.split('"""')[1]]
         )
-        for line in "\n".join(parts).replace("\\\n", " ").splitlines():
+        lines = "\n".join(parts).replace("\\\n", " ")
+        for variable, words in re.findall(r'^(\w+)="(.*)"$', lines, re.M):
+            lines = lines.replace(f"${variable}", words)
+        for line in lines.splitlines():
             match = re.search(r"python .*?(\w+\.py)\b(.*)", line)
             if match and match[1] in SCRIPTS:
                 found.append(pytest.param(match[1], match[2], id=f"{name}: {line.strip()[:70]}"))
