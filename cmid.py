@@ -38,6 +38,7 @@ Differs from the authors' code:
 - they add normalised offsets to positions as if they were pixels, so most of their pairs are not neighbours;
 - the keys of both views enter the queue once each (theirs: once per process);
 - the centre takes the mean over all processes; with `--accum_steps` it moves once per step and direction;
+  the mean spectrum of the frequency loss is that of a process's micro-batch;
 - both views go through the encoder, and its BatchNorm, as one batch;
 - workers crop, resize and flip in uint8 with antialiasing; colour and noise follow on the device;
 - several processes on GPUs synchronise BatchNorm; on CPUs each normalises its own batch;
@@ -156,7 +157,8 @@ def check_args(args: argparse.Namespace) -> None:
                 "warmup_teacher_temp epochs batch_size_per_gpu accum_steps lr save_every log_every max_steps")
     not_negative = ("num_workers warmup_teacher_temp_epochs min_lr warmup_epochs weight_decay save_minutes "
                     "seed loss_weights")
-    common.check_range(args, positive.split(), not_negative.split(), unit=["momentum", "mask_ratio"])
+    common.check_range(args, positive.split(), not_negative.split(), ["momentum", "mask_ratio"],
+                       finite=["mean"])
     if not any(args.loss_weights):
         common.fail("--loss_weights 0 0 0: leaves nothing to learn from")
     if args.warmup_epochs >= args.epochs:
@@ -327,7 +329,7 @@ def stem_and_stages(backbone: nn.Module) -> tuple[list[nn.Module], list[nn.Modul
     return None
 
 
-def is_channels_last(backbone: nn.Module) -> bool:
+def maps_are_nhwc(backbone: nn.Module) -> bool:
     """True where the maps inside are B x h x w x D, as in Swin."""
     return getattr(backbone, "output_fmt", "NCHW") == "NHWC"
 
@@ -346,12 +348,12 @@ def run_backbone(backbone: nn.Module, images: Tensor, stage: int = 0, mask: Tens
     stem, stages = stem_and_stages(backbone)
     x = nn.Sequential(*stem, *stages[:stage])(images)
     if mask is not None:
-        side = x.shape[1] if is_channels_last(backbone) else x.shape[2]
+        side = x.shape[1] if maps_are_nhwc(backbone) else x.shape[2]
         token = mask_token.view(1, -1, 1, 1) * enlarge(mask, side)  # B x width x side x side
-        x = x + (token.permute(0, 2, 3, 1) if is_channels_last(backbone) else token).to(x.dtype)
+        x = x + (token.permute(0, 2, 3, 1) if maps_are_nhwc(backbone) else token).to(x.dtype)
     x = nn.Sequential(*stages[stage:])(x)
     pooled = backbone.forward_head(x)
-    return (x.permute(0, 3, 1, 2) if is_channels_last(backbone) else x), pooled
+    return (x.permute(0, 3, 1, 2) if maps_are_nhwc(backbone) else x), pooled
 
 
 class LocalHead(nn.Module):
@@ -602,8 +604,8 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
         args: the flags.
         process: this one.
         meter: collects what the log shows.
-        after_step: given the number of steps done, values to log and a function that draws reconstructions
-            into a file, logs, saves, and says whether to stop.
+        after_step: after_step(steps done, values, draw) logs and saves when due, and says whether to stop;
+            draw() writes reconstruction.png.
     """
     network = online.module if isinstance(online, DistributedDataParallel) else online
     amp_dtype = common.autocast_dtype(args.amp, process.device)
@@ -725,7 +727,7 @@ def probe_backbone(backbone: nn.Module, args: argparse.Namespace) -> tuple[int, 
     backbone.train()
     if not same or last_map.shape[2:] != (args.img_size // STRIDE,) * 2:
         common.fail(kinds)
-    return last_map.shape[1], token_map.shape[-1 if is_channels_last(backbone) else 1]
+    return last_map.shape[1], token_map.shape[-1 if maps_are_nhwc(backbone) else 1]
 
 
 def build_encoders(args: argparse.Namespace) -> tuple[OnlineEncoder, Encoder]:
@@ -788,6 +790,7 @@ def main() -> None:
     stateful = {"online": network, "branch": branch, "memory": memory, "optimizer": optimizer,
                 "scaler": scaler}
     start_step = saved["step"] if saved else 0
+    common.check_alike(process, images=len(paths), start_step=start_step)
     end_step = max(start_step, end_step)  # a run that is further already has nothing to do
     for name, part in stateful.items():
         if saved and saved[name]:  # the scaler has no state without fp16
@@ -836,8 +839,8 @@ def main() -> None:
         if process.is_main:
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
             common.export_backbone(network.backbone, out / "backbone", args.img_size, args.mean, args.std)
+            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
         saved_at = time.monotonic()
 
     def after_step(step: int, values: dict, draw_reconstruction: Callable[[], None]) -> bool:

@@ -60,12 +60,12 @@ def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
 
 
 def check_range(args: object, positive: Sequence[str] = (), not_negative: Sequence[str] = (),
-                unit: Sequence[str] = ()) -> None:
+                unit: Sequence[str] = (), finite: Sequence[str] = ()) -> None:
     """Fails on the first flag out of its range (above 0, at least 0, in [0, 1]) or infinite; None passes."""
     for names, allowed, words in ((positive, lambda value: 0 < value < math.inf, "above 0"),
                                   (not_negative, lambda value: 0 <= value < math.inf, "at least 0"),
                                   (unit, lambda value: 0 <= value <= 1, "between 0 and 1"),
-                                  (["mean"] * hasattr(args, "mean"), math.isfinite, "finite")):
+                                  (finite, math.isfinite, "finite")):
         for name in names:
             value = getattr(args, name)
             values = value if isinstance(value, (list, tuple)) else [value]
@@ -80,7 +80,7 @@ class Process:
     rank: int
     world_size: int
     device: torch.device
-    cpu_group: dist.ProcessGroup | None  # for flags and file names; None when there is one process
+    cpu_group: dist.ProcessGroup | None  # for what is on the CPU: stop flags, figures of the log
 
     @property
     def is_main(self) -> bool:
@@ -118,13 +118,15 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
     # The launcher keeps one key-value store over its restarts, in which processes would find the addresses of
     # dead ones. So rank 0 gives each start a name, and the others wait for it; their keys go under that name.
     store, _, _ = next(dist.rendezvous("env://", rank, world_size))
-    arrival = store.add(f"arrivals/{rank}", 1)
     if rank > 0:
+        arrival = store.add(f"arrivals/{rank}", 1)
         name = store.get(f"name/{rank}/{arrival}").decode()
         store.set(f"{name}/here/{rank}", "")
         return dist.PrefixStore(name, store)
-    name, others = f"start {time.time_ns()}", range(1, world_size)
+    name, others, deadline = f"start {time.time_ns()}", range(1, world_size), time.monotonic() + 1800
     while not store.check([f"{name}/here/{other}" for other in others]):
+        if time.monotonic() > deadline:
+            fail(f"after half an hour not all of {world_size} processes are there", code=1)
         for other in others:  # until all live ones have answered; the last arrival may be a dead one's
             store.set(f"name/{other}/{store.add(f'arrivals/{other}', 0)}", name)
         time.sleep(0.05)
@@ -157,16 +159,22 @@ class UnreadableImageError(Exception):
 
 def list_images(root: str | Path, exclude: str | Path | None = None,
                 suffixes: set[str] = IMAGE_SUFFIXES, flag: str = "--data_path") -> list[str]:
-    """Paths of all images below `root`, links followed, but not in folder `exclude`; sorted."""
+    """Paths of all images below `root`, links followed, none hidden or in folder `exclude`; sorted."""
     if not os.path.isdir(root):
         fail(f"{flag} {root}: no such folder")
     paths, done = [], {os.path.realpath(exclude)} if exclude else set()
-    for folder, folders, names in os.walk(root, followlinks=True):
+    if os.path.realpath(root) in done:
+        fail(f"{flag} {root}: is --output_dir too; give another folder")
+
+    def unreadable(error: OSError) -> NoReturn:
+        fail(f"{flag} {error.filename}: cannot be listed: {error.strerror}")
+
+    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
         if (place := os.path.realpath(folder)) in done:  # or a link back to a folder above
             folders.clear()
             continue
         done.add(place)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         paths += [os.path.join(folder, name) for name in names
                   if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
     if not paths:
@@ -331,7 +339,7 @@ def _collate(samples: list[tuple[object, list[str]]]) -> tuple[object, list[str]
 
 def _quiet_worker(_: int) -> None:
     # A signal to the whole process group is for the trainer, which needs its workers up to the checkpoint.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -688,6 +696,8 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own: the owner's alone
         folder.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):
+            with open(new / name) as file:
+                os.fsync(file.fileno())
             os.replace(new / name, folder / name)
         shutil.rmtree(new)
 
@@ -715,7 +725,7 @@ def param_groups(model: nn.Module) -> list[dict]:
 
 @torch.no_grad()
 def grad_norm(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
-    """Norm of the whole gradient, after taking back fp16's scale; not finite where the loss's terms may be.
+    """Norm of the whole gradient, without fp16's scale; may be infinite or NaN although the loss is finite.
 
     An overflow of fp16 counts as 0: the scaler leaves that step out and takes a smaller scale.
     """
@@ -742,7 +752,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        cause = error.__context__ if isinstance(error.__context__, OSError) else error  # torch.save hides it
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it there
+        if not isinstance(cause, (OSError, safetensors.SafetensorError)):
+            raise
         fail(f"{path}: cannot be written: {cause}; the last checkpoint stays", code=1, everywhere=True)
 
 
@@ -765,6 +777,8 @@ def load_checkpoint(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # harmless: flags in public checkpoints
             return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(str(error)) from error
     except pickle.UnpicklingError as error:
         raise ValueError("refused, because loading it would run code; or no PyTorch file") from error
     except Exception as error:
@@ -772,21 +786,21 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
 
 
-def resume_checkpoint(path: Path, now: dict, free_flags: set[str]) -> dict | None:
+def resume_checkpoint(path: Path, identity: dict, free_flags: set[str]) -> dict | None:
     """Loads the checkpoint of an interrupted run; None when there is none.
 
     Args:
         path: checkpoint.pth of the output folder.
-        now: what the checkpoint would hold now under args, images and effective_batch.
+        identity: what the checkpoint would hold now under args, images and effective_batch.
         free_flags: flags that may differ between the two runs.
     """
     if not path.exists():
         return None
     try:
         saved = load_checkpoint(path)
-        before, after = {**saved["args"]}, {**now["args"]}
+        before, after = {**saved["args"]}, {**identity["args"]}
         for what in ("images", "effective_batch"):
-            before[what], after[what] = saved[what], now[what]
+            before[what], after[what] = saved[what], identity[what]
     except (ValueError, KeyError, TypeError) as error:
         fail(f"--output_dir: {path} cannot be resumed: {error}")
     changed = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
@@ -833,16 +847,29 @@ def versions() -> dict[str, str]:
 
 
 class StopSignal:
-    """Is `seen` after SIGTERM, SIGUSR1 or Ctrl-C: the run ends after its step. A second Ctrl-C ends it."""
+    """Is `seen` after SIGTERM, SIGUSR1, SIGHUP, Ctrl-C: the run ends after its step. Ctrl-C again ends it."""
 
     def __init__(self):
         self.seen = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._remember)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: object) -> None:
         self.seen = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def check_alike(process: Process, **values: int) -> None:
+    """Fails when not all processes have the same values, as when machines have folders of their own."""
+    if process.world_size == 1:
+        return
+    everywhere = [{}] * process.world_size
+    dist.all_gather_object(everywhere, values, group=process.cpu_group)
+    for name, value in values.items():
+        if others := {other[name] for other in everywhere} - {value}:
+            fail(f"{name} is {value} here and {min(others)} in another process: --data_path and --output_dir "
+                 "have to be the same folders on all machines")
 
 
 def agree(process: Process, *flags: bool) -> list[bool]:
@@ -926,34 +953,35 @@ class RunLog:
     Args:
         folder: where log.jsonl is.
         process: this one.
-        total_steps: of the run, when it is done.
-        start_step: where this part of it begins; later lines of an interrupted one go.
+        end_step: where it ends.
+        start_step: where this part of it begins; lines of later steps are deleted: these are done again.
         header: of this part.
         floors: health figures, and the value that a collapsed network is below. One that stays below for a
             tenth of the run, and five lines, brings one warning with `advice`.
         advice: what to try then.
     """
 
-    def __init__(self, folder: Path, process: Process, total_steps: int, start_step: int, header: dict,
+    def __init__(self, folder: Path, process: Process, end_step: int, start_step: int, header: dict,
                  floors: dict[str, float] | None = None, advice: str = ""):
         self.active, self.floors, self.advice = process.is_main, floors or {}, advice
         if not self.active:
             return
-        self.below, self.patience = {name: [] for name in self.floors}, total_steps / 10
+        self.below, self.patience = {name: [] for name in self.floors}, end_step / 10
         self.path = folder / "log.jsonl"
         with writing(self.path):
-            old = self.path.read_text().splitlines() if self.path.exists() and start_step else []
+            there = self.path.exists() and start_step
+            old = self.path.read_text(errors="replace").splitlines() if there else []
         kept = [line for line in old if self._step(line) <= start_step]  # later steps will be done again
         text = "".join(line + "\n" for line in [*kept, json.dumps(header)])
         write_atomically(self.path, lambda file: file.write(text.encode()))
-        self.bar = tqdm(total=total_steps, initial=start_step, unit="step", dynamic_ncols=True,
+        self.bar = tqdm(total=end_step, initial=start_step, unit="step", dynamic_ncols=True,
                         disable=not sys.stderr.isatty())
 
     @staticmethod
     def _step(line: str) -> float:
         try:
             return json.loads(line).get("step", 0)
-        except json.JSONDecodeError:  # half a line, from a kill while it was written
+        except (json.JSONDecodeError, AttributeError):  # half a line, from a kill while it was written
             return math.inf
 
     def _watch(self, step: int, values: dict) -> None:
@@ -963,6 +991,7 @@ class RunLog:
                 print(f"warning: {name} below {floor} since step {below[0]}: collapse, the network says the "
                       f"same of all images. {self.advice}", file=sys.stderr, flush=True)
                 self.floors = {}  # once is enough
+                return
 
     def write(self, step: int, values: dict) -> None:
         """Appends one line with `step` and `values`, and shows it."""

@@ -152,7 +152,8 @@ def check_args(args: argparse.Namespace) -> None:
                 "batch_size_per_gpu accum_steps lr save_every log_every max_steps std")
     not_negative = ("num_workers warmup_teacher_temp_epochs freeze_last_layer local_crops_number min_lr "
                     "warmup_epochs weight_decay weight_decay_end clip_grad save_minutes seed")
-    common.check_range(args, positive.split(), not_negative.split(), unit=["momentum_teacher", "drop_path"])
+    common.check_range(args, positive.split(), not_negative.split(),
+                       unit=["momentum_teacher", "drop_path"], finite=["mean"])
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     for name in ("global_crops_scale", "local_crops_scale"):
@@ -642,6 +643,7 @@ def main() -> None:
     stateful = {"student": network, "teacher": teacher, "dino_loss": dino_loss, "optimizer": optimizer,
                 "scaler": scaler}
     start_step = saved["step"] if saved else 0
+    common.check_alike(process, images=len(paths), start_step=start_step)
     end_step = max(start_step, end_step)  # a run that is further already has nothing to do
     for name, part in stateful.items():
         if saved and saved[name]:  # the scaler has no state without fp16
@@ -685,8 +687,8 @@ def main() -> None:
         if process.is_main:
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
             common.export_backbone(teacher.backbone, out / "backbone", args.img_size, args.mean, args.std)
+            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
         saved_at = time.monotonic()
 
     def after_step(step: int, values: dict, compute_health: Callable[[], dict]) -> bool:

@@ -138,8 +138,8 @@ def check_args(args: argparse.Namespace) -> None:
     """Refuses values out of range and pairs that contradict each other, before any work."""
     positive = ("in_chans patch_size decoder_dim decoder_depth decoder_heads epochs batch_size_per_gpu "
                 "accum_steps lr save_every log_every max_steps std")
-    common.check_range(args, positive.split(), "num_workers min_lr warmup_epochs weight_decay save_minutes "
-                       "seed".split())
+    not_negative = "num_workers min_lr warmup_epochs weight_decay save_minutes seed"
+    common.check_range(args, positive.split(), not_negative.split(), finite=["mean"])
     if len(args.img_size) > 2 or min(args.img_size) <= 0:
         common.fail(f"--img_size {' '.join(map(str, args.img_size))}: one side, or height and width, above 0")
     if not 0 < args.mask_ratio < 1:
@@ -610,6 +610,7 @@ def main() -> None:
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
     stateful = {"model": network, "optimizer": optimizer, "scaler": scaler}
     start_step = saved["step"] if saved else 0
+    common.check_alike(process, images=len(paths), start_step=start_step)
     end_step = max(start_step, end_step)  # a run that is further already has nothing to do
     for name, part in stateful.items():
         if saved and saved[name]:  # the scaler has no state without fp16
@@ -656,8 +657,8 @@ def main() -> None:
         if process.is_main:
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
             common.export_backbone(vit, out / "backbone", (height, width), args.mean, args.std)
+            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
         saved_at = time.monotonic()
 
     def after_step(step: int, values: dict, draw_reconstruction: Callable[[], None]) -> bool:

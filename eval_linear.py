@@ -480,6 +480,7 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     start_step = saved["step"] if saved else 0
+    common.check_alike(process, images=len(train), start_step=start_step)
     end_step = max(start_step, end_step)
     for name, part in stateful.items():
         if saved and saved[name]:

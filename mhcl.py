@@ -152,7 +152,7 @@ def check_args(args: argparse.Namespace) -> None:
     positive = ("img_size moco_dim moco_k moco_t a b bn_groups epochs batch_size_per_gpu accum_steps lr "
                 "save_every log_every max_steps std")
     not_negative = "num_workers warmup_epochs weight_decay save_minutes seed"
-    common.check_range(args, positive.split(), not_negative.split(), unit=["moco_m"])
+    common.check_range(args, positive.split(), not_negative.split(), ["moco_m"], finite=["mean"])
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     if not args.cos and not all(0 < epoch < args.epochs for epoch in args.schedule):
@@ -598,6 +598,7 @@ def main() -> None:
     stateful = {"encoder_q": encoder_q, "encoder_k": encoder_k, "mhcl_loss": mhcl_loss,
                 "optimizer": optimizer, "scaler": scaler}
     start_step = saved["step"] if saved else 0
+    common.check_alike(process, images=len(paths), start_step=start_step)
     end_step = max(start_step, end_step)  # a run that is further already has nothing to do
     for name, part in stateful.items():
         if saved and saved[name]:  # the scaler has no state without fp16
@@ -646,8 +647,8 @@ def main() -> None:
         if process.is_main:
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
             common.export_backbone(encoder_q.backbone, out / "backbone", args.img_size, args.mean, args.std)
+            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
         saved_at = time.monotonic()
 
     def after_step(step: int, values: dict) -> bool:

@@ -8,7 +8,6 @@ agree. They take turns; printed are the medians, their ratio, and its range over
 
 import argparse
 import math
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+from benchmarks.timing import compare
 from eval_linear import train_heads
 
 SEED, C, B = 0, 30, 256
@@ -56,22 +56,6 @@ def plain_head(features_of: Callable[[Tensor], Tensor], labels: Tensor, D: int, 
     return head
 
 
-def compare(name: str, ours: Callable, plain: Callable, times: float, rounds: int) -> None:
-    """Checks agreement of (weights, biases), then times both in turns; one plain run counts `times`."""
-    for a, b in zip(ours(), plain(), strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    seconds = {ours: [], plain: []}
-    for _ in range(rounds):
-        for run in (ours, plain):
-            began = time.perf_counter()
-            run()
-            seconds[run].append(time.perf_counter() - began)
-    ratios = sorted(times * p / o for o, p in zip(seconds[ours], seconds[plain], strict=True))
-    fast, slow = (statistics.median(seconds[run]) for run in (ours, plain))
-    print(f"{name}: {fast:.2f} s against {times:g} x {slow:.2f} s: {times * slow / fast:.1f} times as fast "
-          f"({ratios[0]:.1f} to {ratios[-1]:.1f})", flush=True)
-
-
 def main() -> None:
     """Both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -94,7 +78,7 @@ def main() -> None:
     began = time.perf_counter()
     train_heads(lambda _: x, labels, everything, C, lrs, 100, B, None, SEED)
     print(f"20 heads, 100 epochs of 8,000 features of 512: {time.perf_counter() - began:.1f} s", flush=True)
-    compare("20 heads, 5 epochs, at once against one by one", heads_at_once, one_by_one, 1, rounds)
+    compare("20 heads, 5 epochs, at once against one by one", heads_at_once, one_by_one, rounds)
 
     backbone = timm.create_model("resnet18", num_classes=0).eval()
     images = torch.rand(512, 3, 64, 64)
@@ -113,8 +97,8 @@ def main() -> None:
         head = plain_head(lambda batch: backbone(images[batch]), few, 512, lrs[0], epochs)
         return head.weight.data[None], head.bias.data[None]
 
-    compare("one rate, 5 epochs, features once against in each", lambda: probe(lrs[:1]), rerun, 1, rounds)
-    compare("20 rates, the same", lambda: probe(lrs), rerun, 20, rounds)
+    compare("one rate, 5 epochs, features once against in each", lambda: probe(lrs[:1]), rerun, rounds)
+    compare("20 rates, the same", lambda: probe(lrs), rerun, rounds, 20)
 
 
 if __name__ == "__main__":

@@ -143,9 +143,10 @@ class Run:
     """A script's main() in one or several processes of their own, with the processes of a launcher.
 
     `prepare`: (function, *arguments), called in the process of rank 0 before main().
+    `last`: more flags for the last process.
     """
 
-    def __init__(self, folder, script, *flags, processes=1, prepare=None):
+    def __init__(self, folder, script, *flags, processes=1, prepare=None, last=()):
         self.outputs, self.processes = [], []
         folder.mkdir(exist_ok=True, parents=True)
         environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -153,7 +154,8 @@ class Run:
         for rank in range(processes):
             output = folder / f"rank{rank}.txt"
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = server.Process(target=_main, args=(script, flags, own, output, prepare))
+            words = [*flags, *last] if rank == processes - 1 else flags
+            process = server.Process(target=_main, args=(script, words, own, output, prepare))
             prepare = None
             process.start()
             self.processes.append(process)

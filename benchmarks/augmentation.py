@@ -1,0 +1,112 @@
+"""DINO-MC's views of a JPEG of 256 px: what a worker costs, and the whole, against PIL and torchvision.
+
+Run it as `python benchmarks/augmentation.py`. The usual way does all in the workers, image by image and view
+by view, with torchvision's transforms on PIL images. Here the workers decode, crop, resize and flip in uint8,
+and colour is for the training device; in the second line that is the CPU. One thread. First, each operation
+has to give what torchvision gives on the same image, within 3 of 255 levels on average.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image, ImageFilter, ImageOps
+from torchvision import transforms
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import dino_mc
+from benchmarks.timing import compare
+from demo.scenes import write_dataset
+
+MEAN, STD = common.IMAGENET_MEAN, common.IMAGENET_STD
+VIEWS = dino_mc.make_views("mc", 224, dino_mc.MC_SIZES, (0.32, 1.0), (0.05, 0.32))
+
+
+class Blur:
+    """PIL's Gaussian blur of a random radius."""
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Blurs."""
+        return image.filter(ImageFilter.GaussianBlur(torch.empty(()).uniform_(0.1, 2.0).item()))
+
+
+def pil_transform(view: dino_mc.View) -> transforms.Compose:
+    """A view's recipe as torchvision's transforms on PIL images."""
+    return transforms.Compose([
+        transforms.RandomResizedCrop(view.size, view.scale, interpolation=view.interpolation),
+        transforms.RandomHorizontalFlip(view.p_flip),
+        transforms.RandomApply([transforms.ColorJitter(*view.jitter)], view.p_jitter),
+        transforms.RandomGrayscale(view.p_gray),
+        transforms.RandomApply([Blur()], view.p_blur),
+        transforms.RandomApply([transforms.Lambda(ImageOps.solarize)], view.p_solarize),
+        transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
+def check(path: str) -> None:
+    """Each operation against torchvision's on PIL images, with the same parameters."""
+    image, tensor = Image.open(path).convert("RGB"), common.read_image(path)
+
+    def same(ours: torch.Tensor, theirs: Image.Image, what: str) -> None:
+        difference = 255 * (ours - TF.to_tensor(theirs)).abs().mean()
+        assert difference < 3, f"{what}: {difference:.2f} levels"
+
+    for view in VIEWS[1:]:
+        box = 31, 17, 150, 190
+        crop = dino_mc.resized_crop(tensor, *box, [view.size] * 2, view.interpolation)
+        same(crop / 255, TF.resized_crop(image, *box, [view.size] * 2, view.interpolation), "crop")
+    x, one = tensor[None] / 255, torch.ones(1, dtype=torch.bool)
+    pairs = zip(common.ADJUSTMENTS, (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation,
+                                     TF.adjust_hue), (1.3, 0.7, 1.4, 0.1), strict=True)
+    for adjust, theirs, value in pairs:
+        same(adjust(x.clone(), torch.tensor([value]))[0], theirs(image, value), theirs.__name__)
+    same(common.grayscale(x.clone(), one)[0], TF.to_grayscale(image, 3), "grayscale")
+    same(common.solarize(x.clone(), one)[0], ImageOps.solarize(image), "solarize")
+    blurred = common.gaussian_blur(x.clone(), one, torch.tensor([1.5]))[0]
+    same(blurred, image.filter(ImageFilter.GaussianBlur(1.5)), "blur")
+
+
+def main() -> None:
+    """Both comparisons, on drawn scenes."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=16, help="of 256 px, in one batch")
+    B = parser.parse_args().images
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        counts = {"train_per_class": -(-B // 10), "val_per_class": 1, "locations": 1, "dates": 1}
+        write_dataset(Path(folder) / "data", {**counts, "image_size": 256, "seed": 0})
+        paths = []
+        for path in sorted((Path(folder) / "data/train").rglob("*.png"))[:B]:
+            Image.open(path).save(path.with_suffix(".jpg"), quality=90)
+            paths.append(str(path.with_suffix(".jpg")))
+        for path in paths:
+            check(path)
+        encoded = [Path(path).read_bytes() for path in paths]
+        pil = [pil_transform(view) for view in VIEWS]
+        dataset = dino_mc.ViewDataset([[path] for path in paths], VIEWS, seed=0)
+        generator = torch.Generator().manual_seed(0)
+
+        def usual() -> None:
+            for data in encoded:
+                image = Image.open(io.BytesIO(data)).convert("RGB")
+                for transform in pil:
+                    transform(image)
+
+        def worker() -> list:
+            return [dataset[0, i] for i in range(B)]
+
+        def whole() -> None:
+            crops = [torch.stack(crops) for crops in zip(*worker(), strict=True)]
+            dino_mc.color_views(crops, VIEWS, MEAN, STD, generator)
+
+        compare(f"worker, {B} images", lambda: worker() and None, usual)
+        compare(f"whole augmentation, {B} images", whole, usual)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""DINO-MC's step, ViT-S/16, against a plain step of the same modules: loss and gradients are equal.
+
+Run it as `python benchmarks/dino_step.py`. Both see the same weights and the same coloured crops. The plain
+step loops over pairs of views for the loss, and over tensors for clipping, optimizer and average.
+"""
+
+import argparse
+import copy
+import sys
+from pathlib import Path
+
+import timm
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
+import dino_mc
+from benchmarks.timing import compare
+from benchmarks.update import DECAY, LR, our_step, plain_step
+
+K, TEMP = 65536, 0.04
+
+
+def plain_loss(student: Tensor, teacher: Tensor, center: Tensor) -> Tensor:
+    """Every teacher view with every other student view, one pair at a time."""
+    total, pairs = 0.0, 0
+    for i, t in enumerate(teacher):
+        P = ((t - center) / TEMP).softmax(-1)
+        for v, s in enumerate(student):
+            if v != i:
+                total = total - (P * (s / 0.1).log_softmax(-1)).sum(-1).mean()
+                pairs += 1
+    return total / pairs
+
+
+def main() -> None:
+    """One comparison."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=4, help="images")
+    B = parser.parse_args().batch
+    torch.manual_seed(0)
+    views = dino_mc.make_views("mc", 224, dino_mc.MC_SIZES, (0.32, 1.0), (0.05, 0.32))
+    crops = [torch.randint(256, (B, 3, view.size, view.size), dtype=torch.uint8) for view in views]
+    groups = dino_mc.color_views(crops, views, common.IMAGENET_MEAN, common.IMAGENET_STD, torch.Generator())
+    backbone = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True)
+    start = dino_mc.Network(backbone, dino_mc.DINOHead(384, K), 16)
+    dino_loss, center = dino_mc.DINOLoss(K), torch.zeros(K)
+
+    def side(fast: dict) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+        student = copy.deepcopy(start)
+        optimizer = torch.optim.AdamW(common.param_groups(student), lr=LR, weight_decay=DECAY, **fast)
+        return student, copy.deepcopy(start).requires_grad_(False), optimizer
+
+    ours, usual = side({"fused": True}), side({"foreach": False})
+
+    def step(networks: tuple, loss_of: object, update: object) -> list[Tensor]:
+        student, teacher, optimizer = networks
+        with torch.no_grad():
+            teacher_out = teacher(groups[:1])[0].view(2, B, K)
+        loss = loss_of(student(groups)[0].view(len(views), B, K), teacher_out)
+        optimizer.zero_grad()
+        loss.backward()
+        grads = [p.grad.clone() for p in student.parameters() if p.grad is not None]
+        update(student, teacher, optimizer)
+        return [loss.detach(), *grads]
+
+    compare(f"step of {B} images, {torch.get_num_threads()} threads",
+            lambda: step(ours, lambda s, t: dino_loss(s, t, TEMP), our_step),
+            lambda: step(usual, lambda s, t: plain_loss(s, t, center), plain_step), atol=1e-5)
+
+
+if __name__ == "__main__":
+    main()
