@@ -589,3 +589,27 @@ def test_batch_top1_counts_the_queries_that_find_their_own_key():
 def test_feature_std_is_0_when_collapsed_and_near_1_for_random_features():
     assert cmid.feature_std(torch.ones(8, 32)) == pytest.approx(0, abs=1e-6)
     assert cmid.feature_std(torch.randn(5000, 32)).item() == pytest.approx(1, abs=0.02)
+
+
+def test_hidden_blocks_of_a_few_images_are_learned_by_heart(scenes):
+    """Far better than blocks of the right mean colour: positions, blocks and pixels are where they belong."""
+    flags = (
+        "--arch test_resnet --img_size 64 --mask_patch_size 16 --local_dim 16 --data_path x --output_dir x"
+    )
+    args = cmid.get_parser().parse_args(flags.split())
+    torch.manual_seed(0)
+    network, _ = cmid.build_encoders(args)
+    paths = sorted((scenes / "train").rglob("*.png"))[::8]
+    images = torch.stack([common.read_image(path) for path in paths]) / 255
+    images = common.normalize(F.interpolate(images, 64, mode="bilinear"), args.mean, args.std)
+    blocks = cmid.draw_masks(len(images), 4, 0.6, torch.Generator().manual_seed(0))
+    mask, positions = cmid.enlarge(blocks, 64), torch.zeros(len(images), 1, dtype=torch.long)
+    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
+    for _ in range(100):
+        prediction = network(cmid.mask_images(images, mask), blocks, positions)[0]
+        loss = cmid.reconstruction_loss(prediction, images, mask)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    flat = F.interpolate(F.avg_pool2d(images, 16), scale_factor=16)
+    assert loss < cmid.reconstruction_loss(flat, images, mask) / 3

@@ -450,7 +450,7 @@ def test_ema_is_the_weighted_mean_of_parameters_and_leaves_buffers():
 # ------------------------------------------------------------------ what a run writes
 
 
-def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
+def test_a_failed_write_leaves_the_old_file_whole(tmp_path, capsys):
     path = tmp_path / "checkpoint.pth"
     path.write_text("old")
 
@@ -458,9 +458,12 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path):
         file.write(b"half")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(SystemExit) as stop:
         common.write_atomically(path, write)
-    assert path.read_text() == "old"
+    assert stop.value.code == 1 and path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert "checkpoint.pth: cannot be written: disk full" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="no file's fault"):
+        common.write_atomically(path, lambda file: (_ for _ in ()).throw(RuntimeError("no file's fault")))
 
 
 def test_log_of_a_resumed_run_has_no_step_twice(tmp_path):
