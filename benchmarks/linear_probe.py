@@ -81,8 +81,8 @@ def main() -> None:
     compare("20 heads, 5 epochs, at once against one by one", heads_at_once, one_by_one, rounds)
 
     backbone = timm.create_model("resnet18", num_classes=0).eval()
-    images = torch.rand(512, 3, 64, 64)
-    few, everything = labels[:512], torch.arange(512)
+    images = torch.rand(192, 3, 64, 64)
+    few, everything = labels[:192], torch.arange(192)
 
     def features() -> Tensor:
         with torch.no_grad():
