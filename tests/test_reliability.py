@@ -381,7 +381,7 @@ def test_all_kinds_of_images_go_through_every_script(zoo, scenes, tmp_path, scri
         "--batch_size_per_gpu",
         50,
         "--epochs",
-        2,
+        1,
         "--num_workers",
         1,
         "--device",
