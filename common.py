@@ -40,6 +40,7 @@ from tqdm import tqdm
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 PIXEL_SUFFIXES = IMAGE_SUFFIXES | {".npy"}  # what read_pixels reads
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
 
 # --------------------------------------------------------------------------------------------------
 # Errors, processes, seeds
@@ -339,7 +340,7 @@ def _collate(samples: list[tuple[object, list[str]]]) -> tuple[object, list[str]
 
 def _quiet_worker(_: int) -> None:
     # A signal to the whole process group is for the trainer, which needs its workers up to the checkpoint.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
@@ -851,7 +852,7 @@ class StopSignal:
 
     def __init__(self):
         self.seen = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
+        for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
                 signal.signal(number, self._remember)
 

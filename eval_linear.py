@@ -172,11 +172,11 @@ def check_args(args: argparse.Namespace) -> None:
         common.fail(f"--weights {' '.join(args.weights)}: one at a time with --finetune and --predict")
     if args.finetune and args.weights == ["image_stats"]:
         common.fail("--weights image_stats: has nothing to fine-tune")
-    changed = changed_flags(args).keys()
-    for name in changed & set(FINETUNE_FLAGS) if not args.finetune else ():
-        common.fail(f"--{name} {getattr(args, name)}: only with --finetune")
-    for name in changed & set(FROZEN_FLAGS) if args.finetune else ():
-        common.fail(f"--{name} {getattr(args, name)}: not with --finetune")
+    changed = changed_flags(args)
+    useless, when = (FROZEN_FLAGS, "not") if args.finetune else (FINETUNE_FLAGS, "only")
+    for name in useless:
+        if name in changed:
+            common.fail(f"--{name} {changed[name]}: {when} with --finetune")
     if args.predict and (args.finetune or args.checkpoint_key):
         common.fail("--finetune, --checkpoint_key: not with --predict")
     if args.finetune and args.warmup_epochs >= args.epochs:

@@ -5,19 +5,19 @@ step loops over pairs of views for the loss, and over tensors for clipping, opti
 """
 
 import argparse
-import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import dino_mc
 from benchmarks.timing import compare
-from benchmarks.update import DECAY, LR, our_step, plain_step
+from benchmarks.update import OURS, PLAIN, our_step, plain_step, side
 
 K, TEMP = 65536, 0.04
 
@@ -47,14 +47,9 @@ def main() -> None:
     start = dino_mc.Network(backbone, dino_mc.DINOHead(384, K), 16)
     dino_loss, center = dino_mc.DINOLoss(K), torch.zeros(K)
 
-    def side(fast: dict) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
-        student = copy.deepcopy(start)
-        optimizer = torch.optim.AdamW(common.param_groups(student), lr=LR, weight_decay=DECAY, **fast)
-        return student, copy.deepcopy(start).requires_grad_(False), optimizer
+    ours, usual = side(start, OURS), side(start, PLAIN)
 
-    ours, usual = side({"fused": True}), side({"foreach": False})
-
-    def step(networks: tuple, loss_of: object, update: object) -> list[Tensor]:
+    def step(networks: tuple, loss_of: Callable, update: Callable) -> list[Tensor]:
         student, teacher, optimizer = networks
         with torch.no_grad():
             teacher_out = teacher(groups[:1])[0].view(2, B, K)

@@ -6,6 +6,7 @@ the same ones.
 
 import copy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import timm
@@ -40,29 +41,35 @@ def our_step(student: nn.Module, teacher: nn.Module, optimizer: torch.optim.Opti
     common.update_ema(student, teacher, MOMENTUM)
 
 
+OURS, PLAIN = {"fused": True}, {"foreach": False}  # of AdamW
+
+
+def side(start: nn.Module, fast: dict) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer]:
+    """Student, teacher and optimizer of one side, from the same weights as the other's."""
+    student = copy.deepcopy(start)
+    optimizer = torch.optim.AdamW(common.param_groups(student), lr=LR, weight_decay=DECAY, **fast)
+    return student, copy.deepcopy(start).requires_grad_(False), optimizer
+
+
 def main() -> None:
     """One comparison."""
     torch.manual_seed(0)
     backbone = timm.create_model("vit_small_patch16_224", num_classes=0)
-    student = dino_mc.Network(backbone, dino_mc.DINOHead(384, 65536), 16)
-    for p in student.parameters():
-        p.grad = 5 * torch.randn_like(p) / p.numel() ** 0.5 if p.requires_grad else None
-    sides = {}
-    for step, fast in ((our_step, {"fused": True}), (plain_step, {"foreach": False})):
-        network = copy.deepcopy(student)
-        for p, q in zip(network.parameters(), student.parameters(), strict=True):
-            p.grad = None if q.grad is None else q.grad.clone()
-        optimizer = torch.optim.AdamW(common.param_groups(network), lr=LR, weight_decay=DECAY, **fast)
-        sides[step] = network, copy.deepcopy(network), optimizer
+    start = dino_mc.Network(backbone, dino_mc.DINOHead(384, 65536), 16)
+    ours, usual = side(start, OURS), side(start, PLAIN)
+    for p, q in zip(ours[0].parameters(), usual[0].parameters(), strict=True):
+        if p.requires_grad:
+            p.grad = 5 * torch.randn_like(p) / p.numel() ** 0.5
+            q.grad = p.grad.clone()
 
-    def run(step: object) -> list[torch.Tensor]:
-        network, teacher, optimizer = sides[step]
-        step(network, teacher, optimizer)
-        return [p.detach() for part in (network, teacher) for p in part.parameters()]
+    def run(step: Callable, student: nn.Module, teacher: nn.Module,
+            optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+        step(student, teacher, optimizer)
+        return [p.detach() for part in (student, teacher) for p in part.parameters()]
 
-    count = sum(p.numel() for p in student.parameters()) / 1e6
+    count = sum(p.numel() for p in start.parameters()) / 1e6
     compare(f"clip, AdamW, average of {count:.0f} million parameters, {torch.get_num_threads()} threads",
-            lambda: run(our_step), lambda: run(plain_step), atol=1e-6)
+            lambda: run(our_step, *ours), lambda: run(plain_step, *usual), atol=1e-6)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,21 @@
 
 import atexit
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import cmid
+import common
 import dino_mc
 import dspt_mae
 import eval_knn
@@ -64,9 +67,7 @@ def scenes(tmp_path_factory):
 @pytest.fixture
 def run(monkeypatch):
     """Runs a script's main() with the given flags; signal handlers are put back."""
-    handlers = {
-        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    handlers = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
 
     def main(script, *flags):
         modules = (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)
@@ -190,6 +191,17 @@ class Run:
         codes, text = self.wait()
         assert not any(codes), text[-3000:]
         return text
+
+
+def wait_for(process, log, step, seconds=60):
+    """Waits until the log has a line of at least `step`."""
+    for _ in range(10 * seconds):
+        assert process.poll() is None, process.text() if hasattr(process, "text") else process.communicate()
+        lines = log.read_text().splitlines() if log.exists() else []
+        if any('"step"' in line and json.loads(line).get("step", 0) >= step for line in lines[:-1]):
+            return
+        time.sleep(0.1)
+    raise AssertionError("no progress")
 
 
 def assert_same(a, b, path=""):

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -406,17 +405,6 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path, 
     error = capsys.readouterr().err
     assert re.search(r"error: step \d+: not finite: \{'loss': nan", error), error
     assert not (tmp_path / "checkpoint.pth").exists()  # nothing was good yet, and nothing bad is written
-
-
-def wait_for(process, log, step, seconds=60):
-    """Waits until the log has a line of at least `step`."""
-    for _ in range(10 * seconds):
-        assert process.poll() is None, process.text() if hasattr(process, "text") else process.communicate()
-        lines = log.read_text().splitlines() if log.exists() else []
-        if any('"step"' in line and json.loads(line).get("step", 0) >= step for line in lines[:-1]):
-            return
-        time.sleep(0.1)
-    raise AssertionError("no progress")
 
 
 def test_scenes_are_repeatable_and_refuse_bad_counts(tmp_path):

@@ -12,8 +12,7 @@ import test_dspt_mae
 import test_mhcl
 import torch
 import torch.distributed as dist
-from conftest import Run, assert_same_state, free_port, launch, server, tiny
-from test_cli import wait_for
+from conftest import Run, assert_same_state, free_port, launch, server, tiny, wait_for
 
 import common
 

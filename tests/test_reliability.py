@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINING, Run, assert_same, assert_same_state, free_port, launch, tiny
+from conftest import TRAINING, Run, assert_same, assert_same_state, free_port, launch, tiny, wait_for
 from PIL import Image
 from safetensors.torch import load_file
-from test_cli import refused, wait_for
+from test_cli import refused
 
 import common
 
@@ -289,7 +289,7 @@ def pixels(h=40, w=48, c=3):
 
 
 def good_images(folder):
-    """Images of all kinds that are read; returns their paths."""
+    """Images of all kinds that are read."""
     image = Image.fromarray(pixels())
     image.save(folder / "with space.png")
     image.save(folder / "UPPER.JPG", format="JPEG")
@@ -310,7 +310,6 @@ def good_images(folder):
     Image.fromarray(pixels(2, 300)).save(folder / "thin.png")
     os.symlink(folder / "plain.tif", folder / "link.tif")
     (folder / os.fsdecode(b"bytes\xff.png")).write_bytes((folder / "alpha.png").read_bytes())
-    return sorted(str(path) for path in folder.iterdir())
 
 
 def bad_images(folder, good):
@@ -377,42 +376,21 @@ def test_all_kinds_of_images_go_through_every_script(zoo, scenes, tmp_path, scri
         for i in range(1000):
             path = paths[i] if i < len(paths) else paths[-1 - i % 30]
             os.symlink(path, tmp_path / split / "ab"[i % 2] / f"{i:03d} {path.name}")
-    small = [
-        "--batch_size_per_gpu",
-        50,
-        "--epochs",
-        1,
-        "--num_workers",
-        1,
-        "--device",
-        "cpu",
-        "--img_size",
-        32,
-    ]
-    small += ["--log_every", 10]
+    loading = ["--batch_size_per_gpu", 50, "--num_workers", 1, "--device", "cpu"]
+    backbone = ["--weights", "random", "--arch", "test_resnet", "--img_size", 32]
     out, data = tmp_path / "out", tmp_path
     if script == "eval_linear":
-        flags = ["--weights", "random", "--arch", "test_resnet", "--lrs", 1, *small[:-2]]
+        flags = [*loading, *backbone, "--lrs", 1, "--epochs", 1]
     elif script == "eval_knn":
-        flags = ["--weights", "random", "--arch", "test_resnet", "--nb_knn", 5, *small[:2], *small[4:-2]]
+        flags = [*loading, *backbone, "--nb_knn", 5]
     elif script == "predict":
-        flags = [
-            "--data_path",
-            scenes,
-            "--weights",
-            "random",
-            "--arch",
-            "test_resnet",
-            "--lrs",
-            1,
-            *small[:-2],
-        ]
-        Run(out, "eval_linear", "--output_dir", out, *flags).finish()
-        flags = ["--predict", tmp_path / "val", "--weights", out, *small[:2], *small[4:-4]]
+        probe = ["--data_path", scenes, *loading, *backbone, "--lrs", 1, "--epochs", 1]
+        Run(out, "eval_linear", "--output_dir", out, *probe).finish()
+        flags = [*loading, "--predict", tmp_path / "val", "--weights", out]
     else:
         data = tmp_path / "train"
-        more = {"mhcl": ["--moco_k", 100], "cmid": ["--moco_k", 100]}.get(script, [])
-        flags = [*tiny(script), *more, *small, "--warmup_epochs", 0]
+        queue = ["--moco_k", 100] if script in ("mhcl", "cmid") else []
+        flags = [*tiny(script), *queue, *loading, "--epochs", 1, "--warmup_epochs", 0, "--log_every", 10]
     flags += ["--data_path", data] if script != "predict" else []
     name = "eval_linear" if script == "predict" else script
     text = Run(out, name, "--output_dir", out, *flags).finish()
@@ -541,7 +519,7 @@ def test_collapse_is_warned_about_once(train, capsys, tmp_path):
 
 
 class Evil:
-    """Writes a file when it is unpickled."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -572,7 +550,7 @@ def test_no_loading_path_runs_code(run, capsys, scenes, tmp_path):
     for folder in ("folder", "head"):
         (tmp_path / folder).mkdir()
     for script, flags, path in attempts:
-        for save in (torch.save, partial(torch.save, _use_new_zipfile_serialization=False), pickle_whole):
+        for save in (torch.save, partial(torch.save, _use_new_zipfile_serialization=False), pickle.dump):
             for content in (Evil(done), {"model": Evil(done), "args": {}}):
                 with open(path, "wb") as file:
                     save(content, file)
@@ -585,10 +563,6 @@ def test_no_loading_path_runs_code(run, capsys, scenes, tmp_path):
     with pytest.raises(common.UnreadableImageError, match="allow_pickle"):
         common.read_pixels(tmp_path / "evil.npy")
     assert not done.exists()
-
-
-def pickle_whole(content, file):
-    pickle.dump(content, file)
 
 
 # --------------------------------------------------------------------------------------------------
