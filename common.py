@@ -756,7 +756,7 @@ def writing(path: Path) -> Iterator[None]:
         cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides it there
         if not isinstance(cause, (OSError, safetensors.SafetensorError)):
             raise
-        fail(f"{path}: cannot be written: {cause}; the last checkpoint stays", code=1, everywhere=True)
+        fail(f"{path}: cannot be written: {cause}; what was written before stays", code=1, everywhere=True)
 
 
 def write_atomically(path: Path, write: Callable) -> None:

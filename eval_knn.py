@@ -343,9 +343,9 @@ def main() -> None:
     if process.is_main:
         print_table(lines, classes)
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        with open(out / "results.jsonl", "a") as file:
+        print(text, end="", flush=True)
+        with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
             file.write(text)
-        print(text, end="")
     if process.world_size > 1:
         dist.destroy_process_group()
 

@@ -686,7 +686,7 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
                       "settings": settings, **result, **figures,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
-            with open(out / "results.jsonl", "a") as file:
+            with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
                 file.write(json.dumps(lines[-1]) + "\n")
     if process.is_main:
         print_table(lines, classes)

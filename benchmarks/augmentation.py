@@ -8,6 +8,7 @@ has to give what torchvision gives on the same image, within 3 of 255 levels on 
 
 import argparse
 import io
+import shutil
 import sys
 import tempfile
 from pathlib import Path
@@ -70,6 +71,17 @@ def check(path: str) -> None:
     same(blurred, image.filter(ImageFilter.GaussianBlur(1.5)), "blur")
 
 
+def draw_jpegs(folder: Path, number: int) -> list[str]:
+    """Writes scenes of 256 px as JPEG files to a new folder; returns their paths."""
+    counts = {"train_per_class": -(-number // 10), "val_per_class": 1, "locations": 0, "dates": 1}
+    write_dataset(folder, {**counts, "image_size": 256, "seed": 0})
+    shutil.rmtree(folder / "val")
+    for path in folder.rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".jpg"), quality=90)
+        path.unlink()
+    return sorted(map(str, folder.rglob("*.jpg")))[:number]
+
+
 def main() -> None:
     """Both comparisons, on drawn scenes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -78,12 +90,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        counts = {"train_per_class": -(-B // 10), "val_per_class": 1, "locations": 1, "dates": 1}
-        write_dataset(Path(folder) / "data", {**counts, "image_size": 256, "seed": 0})
-        paths = []
-        for path in sorted((Path(folder) / "data/train").rglob("*.png"))[:B]:
-            Image.open(path).save(path.with_suffix(".jpg"), quality=90)
-            paths.append(str(path.with_suffix(".jpg")))
+        paths = draw_jpegs(Path(folder) / "data", B)
         for path in paths:
             check(path)
         encoded = [Path(path).read_bytes() for path in paths]

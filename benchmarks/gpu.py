@@ -1,0 +1,127 @@
+"""Images per second of each method on one GPU, and of the same step when batches cost nothing.
+
+    python benchmarks/gpu.py
+
+Every run is the script itself, 40 steps at 224 px in the GPU's default precision, on drawn JPEG files of 256
+px or the images of --data_path. Printed are the median over log intervals after the first, the share of a
+step that waits for data, and the peak of the GPU's memory; then the same for the ceiling, the step on batches
+that are in memory already, and with --compile. DINO-MC ViT-S/16 also runs with the usual way of doing all
+augmentation in the workers, with torchvision's transforms on PIL images.
+"""
+
+import argparse
+import gc
+import itertools
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import cmid
+import common
+import dino_mc
+import dspt_mae
+import mhcl
+from benchmarks.augmentation import draw_jpegs, pil_transform
+
+RUNS = {  # script, flags, images in a batch
+    "DINO-MC ViT-S/16": (dino_mc, "--arch vit_small_patch16_224", 256),
+    "DINO-MC ResNet-50": (dino_mc, "--arch resnet50", 128),
+    "MHCL ResNet-50": (mhcl, "--arch resnet50", 256),
+    "CMID ResNet-50": (cmid, "--arch resnet50", 128),
+    "DSPT ViT-B/16": (dspt_mae, "--arch vit_base_patch16_224", 512),
+}
+build_loader = common.build_loader
+
+
+def precomputed(*args: object) -> Iterator:
+    """In place of common.build_loader: its first batches again and again."""
+    batches = iter(build_loader(*args))
+    return itertools.cycle([next(batches) for _ in range(2)])
+
+
+class PILDataset(torch.utils.data.Dataset):
+    """In place of dino_mc.ViewDataset: finished float views, from torchvision's transforms on PIL images."""
+
+    def __init__(self, locations: list[list[str]], views: list[dino_mc.View], seed: int):
+        self.locations, self.transforms = locations, [pil_transform(view) for view in views]
+
+    def __len__(self) -> int:
+        return len(self.locations)
+
+    def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
+        """Returns V tensors float 3 x size x size."""
+        image = Image.open(self.locations[key[1]][0]).convert("RGB")
+        return [transform(image) for transform in self.transforms]
+
+
+def group_views(crops: list[Tensor], views: list[dino_mc.View], *_: object) -> list[Tensor]:
+    """In place of dino_mc.color_views, for views that are finished."""
+    pairs = itertools.groupby(zip(crops, views, strict=True), key=lambda pair: pair[1].size)
+    return [torch.cat([crop for crop, _ in members]) for _, members in pairs]
+
+
+def measure(script: object, flags: list[str], batch: int, loader: Callable = build_loader) -> dict | None:
+    """Runs `script`; returns figures of a step, or None where the GPU's memory is too small."""
+    common.build_loader = loader
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as out:
+        sys.argv = [f"{script.__name__}.py", *flags, "--output_dir", out, "--batch_size_per_gpu", str(batch)]
+        try:
+            script.main()
+        except torch.cuda.OutOfMemoryError:
+            return None
+        finally:
+            gc.collect()
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()[2:]]
+    seconds, waiting = (statistics.median(line[name] for line in lines)
+                        for name in ("step_seconds", "data_seconds"))
+    return {"images_per_s": batch / seconds, "waiting": waiting / seconds,
+            "GB": torch.cuda.max_memory_allocated() / 1e9}
+
+
+def main() -> None:
+    """A line for each run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", help="images; default: 1,000 drawn scenes")
+    parser.add_argument("--only", choices=RUNS, nargs="+", default=list(RUNS), help="these methods")
+    parser.add_argument("--steps", type=int, default=40, help="of each run")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("error: this benchmark needs a GPU, and torch finds none")
+    print(f"{common.device_name(torch.device('cuda', 0))}, {common.worker_count(None)} workers, "
+          f"{common.versions()}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.data_path:
+            draw_jpegs(Path(folder) / "data", 1000)
+        usual = ["--data_path", args.data_path or f"{folder}/data", "--max_steps", str(args.steps),
+                 "--log_every", str(max(1, args.steps // 4))]
+        for name in args.only:
+            script, more, batch = RUNS[name]
+            flags = [*usual, *more.split()]
+            while not (ours := measure(script, flags, batch)):
+                batch //= 2
+            runs = {"as it is": ours, "batches from memory": measure(script, flags, batch, precomputed),
+                    "--compile": measure(script, [*flags, "--compile"], batch)}
+            if name == "DINO-MC ViT-S/16":
+                kept = dino_mc.ViewDataset, dino_mc.color_views
+                dino_mc.ViewDataset, dino_mc.color_views = PILDataset, group_views
+                runs["PIL in the workers"] = measure(script, flags, batch)
+                dino_mc.ViewDataset, dino_mc.color_views = kept
+            for what, run in runs.items():
+                print(f"{name}, batch {batch}, {what}: {run['images_per_s']:.0f} images/s, "
+                      f"{run['waiting']:.0%} of a step waiting for data, {run['GB']:.1f} GB; as it is runs "
+                      f"{ours['images_per_s'] / run['images_per_s']:.2f} times as fast", flush=True)
+
+
+if __name__ == "__main__":
+    main()
