@@ -5,7 +5,8 @@ IEEE TGRS 2023, arXiv 2304.09670.
 
     # a short run on a CPU; `make demo` draws the images
     python cmid.py --data_path demo/data/train --output_dir OUT --arch resnet18 --img_size 64 \
-        --mask_patch_size 16 --moco_k 1024 --batch_size_per_gpu 32 --epochs 5 --warmup_epochs 1
+        --mask_patch_size 16 --moco_k 1024 --batch_size_per_gpu 32 --epochs 5 --warmup_epochs 1 \
+        --momentum .98 --local_dim 256 --warmup_teacher_temp_epochs 0 --teacher_temp .04
     # one GPU: ResNet-50 on any folder of images, labelled or not
     python cmid.py --data_path IMAGES --output_dir OUT --moco_k 16384
     # several GPUs: Swin-B, the paper's other backbone
@@ -14,13 +15,14 @@ IEEE TGRS 2023, arXiv 2304.09670.
 
 Two crops of each image, one of them changed in colour. The online encoder sees both with blocks masked out;
 a branch encoder (its moving average) sees them whole. The online encoder has to paint the masked blocks; to
-find the other crop's key in a queue; and, at positions that show the same place, to predict what the branch
-encoder makes of the other crop.
+tell the other crop's key from a queue of older keys; and, at positions that show the same place, to predict
+what the branch encoder makes of the other crop. Read `match_positions`, the losses and the middle of
+`train_one_epoch` first.
 
     symbol    variable           flag (default)              what
     B         B                  batch_size_per_gpu (64)     images per process and micro-batch
     h, w      map_side           img_size (224)              sides of the last map, img_size / 32: 7
-    D         -                  arch (resnet50)             channels of the last map
+    D         D                  arch (resnet50)             channels of the last map
     n         num_matches        num_matches (20 of 49)      matched positions of a pair
     r, x      prediction, image  -                           reconstruction and image, normalised
     q, k      q, k               -                           queries and keys of the global contrast
@@ -28,25 +30,27 @@ encoder makes of the other crop.
     tau       moco_t             moco_t (.2)                 temperature of the global contrast
     tau_o     student_temp       student_temp (.1)           online temperature of the local distillation
     tau_b     branch_temp        teacher_temp (.07)          branch's ("teacher"), warms up by epochs from .04
-    c         center             -                           mean branch output, momentum .9
+    c         center             -                           mean branch output at matches, momentum .9
     m         now["momentum"]    momentum (.996)             of the branch encoder, cosine to 1
 
 A position is a cell of the last map and stands for 32 x 32 pixels, those that the decoder paints from it. Two
-positions of different crops match by where the centres of these pixels lie in the source image.
+positions of different crops match by the distance, in the source image, between the centres of their squares.
 
 Differs from the authors' code:
 - they add normalised offsets to positions as if they were pixels, so most of their pairs are not neighbours;
 - the keys of both views enter the queue once each (theirs: once per process);
 - the centre takes the mean over all processes; with `--accum_steps` it moves once per step and direction;
-  the mean spectrum of the frequency loss is that of a process's micro-batch;
+- the frequency loss compares mean spectra, and the mean is over a process's micro-batch;
 - both views go through the encoder, and its BatchNorm, as one batch;
 - workers crop, resize and flip in uint8 with antialiasing; colour and noise follow on the device;
 - several processes on GPUs synchronise BatchNorm; on CPUs each normalises its own batch;
 - no weight decay on biases and norm weights;
-- queue and centre are saved, draws follow from seed and step: a resumed run repeats the unbroken one;
+- queue and centre are saved; order, crops and draws follow from seed and step: a resumed run repeats the
+  unbroken one;
 - of ConvNeXt, whose last norm comes after pooling, decoder and local head see the map without it.
 
-In OUT: checkpoint.pth, backbone/ (the online encoder's, for timm), log.jsonl, views.png, reconstruction.png.
+In OUT: checkpoint.pth, backbone/ (the online encoder's, for timm; its BatchNorm has the statistics of masked
+images), log.jsonl, views.png, reconstruction.png.
 """
 
 import argparse
@@ -72,13 +76,8 @@ from torchvision.transforms.v2.functional import resized_crop
 import common
 from common import Process
 
-# Flags that may change between a run and its continuation. All others make the method.
-FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
-              "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
-              "log_every", "max_steps"}  # the effective batch, not its parts, has to stay
-
 STRIDE = 32  # of the last map
-MILLIONAID_MEAN, MILLIONAID_STD = (0.33797, 0.3605, 0.3348), (0.1359, 0.1352, 0.1407)
+MILLIONAID_MEAN, MILLIONAID_STD = (0.33797, 0.3605, 0.3348), (0.1359, 0.1352, 0.1407)  # the paper's data
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -86,7 +85,7 @@ MILLIONAID_MEAN, MILLIONAID_STD = (0.33797, 0.3605, 0.3348), (0.1359, 0.1352, 0.
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """All flags, with the paper's defaults."""
+    """All flags; the defaults are the paper's."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     yes_no = argparse.BooleanOptionalAction
@@ -118,15 +117,15 @@ def get_parser() -> argparse.ArgumentParser:
         "local loss; 0 switches one off, to see what it does")
     add("--momentum", type=float, default=0.996, help="of the branch encoder, at the start of its cosine "
         "to 1; .98 for short runs")
-    add("--moco_k", type=int, default=65536, help="K, a multiple of twice the effective batch; take at most "
-        "the number of images")
+    add("--moco_k", type=int, default=65536, help="K, a multiple of twice the effective batch; at most the "
+        "number of images: they have two keys each, so this is half an epoch")
     add("--moco_t", type=float, default=0.2, help="tau; lower: nearest negatives count more")
     add("--local_dim", type=int, default=2048, help="prototypes of the local loss; fewer for small data")
     add("--student_temp", type=float, default=0.1, help="tau_o; seldom changed")
     add("--teacher_temp", type=float, default=0.07, help="tau_b after its warm-up; lower if the local "
         "loss stays at ln of --local_dim")
-    add("--warmup_teacher_temp", type=float, default=0.04, help="tau_b at the start")
-    add("--warmup_teacher_temp_epochs", type=int, default=50, help="of tau_b; 0 for short runs")
+    add("--warmup_teacher_temp", type=float, default=0.04, help="tau_b at the start; lower if unstable")
+    add("--warmup_teacher_temp_epochs", type=int, default=50, help="its length; 0 for short runs")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=int, default=200, help="length of all schedules; small data needs more")
@@ -157,26 +156,26 @@ def check_args(args: argparse.Namespace) -> None:
                 "warmup_teacher_temp epochs batch_size_per_gpu accum_steps lr save_every log_every max_steps")
     not_negative = ("num_workers warmup_teacher_temp_epochs min_lr warmup_epochs weight_decay save_minutes "
                     "seed loss_weights")
-    common.check_range(args, positive.split(), not_negative.split(), ["momentum", "mask_ratio"],
+    common.check_range(args, positive.split(), not_negative.split(), unit=["momentum", "mask_ratio"],
                        finite=["mean"])
-    if not any(args.loss_weights):
-        common.fail("--loss_weights 0 0 0: leaves nothing to learn from")
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    if not any(args.loss_weights):
+        common.fail("--loss_weights 0 0 0: leaves nothing to learn from")
     for divisor, name in ((STRIDE, "the last map's stride"), (args.mask_patch_size, "--mask_patch_size")):
         if args.img_size % divisor:
             common.fail(f"--img_size {args.img_size}: must be a multiple of {name}, {divisor}")
-    stride = (4, 4, 8, 16)[args.mask_stage]  # of the map that gets the token
-    if args.mask_patch_size % stride:
-        common.fail(f"--mask_patch_size {args.mask_patch_size}: must be a multiple of {stride}, the stride "
-                    f"at --mask_stage {args.mask_stage}")
-    blocks = (args.img_size // args.mask_patch_size) ** 2
-    if not 0 < masked_blocks(blocks, args.mask_ratio) < blocks:
-        common.fail(f"--mask_ratio {args.mask_ratio}: must mask some of the {blocks} blocks, not all "
+    token_stride = (4, 4, 8, 16)[args.mask_stage]  # of the map that gets the token
+    if args.mask_patch_size % token_stride:
+        common.fail(f"--mask_patch_size {args.mask_patch_size}: must be a multiple of {token_stride}, the "
+                    f"stride at --mask_stage {args.mask_stage}")
+    total = (args.img_size // args.mask_patch_size) ** 2
+    if not 0 < masked_blocks(total, args.mask_ratio) < total:
+        common.fail(f"--mask_ratio {args.mask_ratio}: must mask some of the {total} blocks, not all "
                     "(--mask_patch_size)")
-    positions = (args.img_size // STRIDE) ** 2
-    if args.num_matches and args.num_matches > positions:
-        common.fail(f"--num_matches {args.num_matches}: the last map has {positions} positions")
+    num_positions = (args.img_size // STRIDE) ** 2
+    if args.num_matches and args.num_matches > num_positions:
+        common.fail(f"--num_matches {args.num_matches}: the last map has {num_positions} positions")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -240,7 +239,7 @@ def color_views(crops: Tensor, mean: Sequence[float], std: Sequence[float],
     def chance(p: float) -> Tensor:
         return common.bernoulli(torch.full((B,), p), generator)
 
-    x1, x2 = (crops[:, view].float() / 255 for view in range(2))
+    x1, x2 = common.to_float(crops).unbind(1)
     jitter = common.draw_color_jitter((0.4, 0.4, 0.2, 0.1), torch.full((B,), 0.8), generator)
     sigma = torch.empty(B).uniform_(0.1, 2.0, generator=generator)
     variance = torch.empty(B).uniform_(10, 50, generator=generator)  # of pixels in [0, 255]
@@ -252,21 +251,29 @@ def color_views(crops: Tensor, mean: Sequence[float], std: Sequence[float],
     return common.normalize(x1, mean, std), common.normalize(x2, mean, std)
 
 
-def masked_blocks(blocks: int, ratio: float) -> int:
-    """How many of an image's blocks are masked: ceil(ratio * blocks)."""
-    return math.ceil(round(ratio * blocks, 6))
+# Masks of blocks, `blocks`, are B x s x s; masks of pixels, `mask`, B x 1 x H x W. In both 1 means masked.
+
+
+def masked_blocks(total: int, ratio: float) -> int:
+    """How many of an image's blocks are masked, ceil(ratio * total); .55 * 100 is 55.0...01 and means 55."""
+    return math.ceil(round(ratio * total, 6))
 
 
 def draw_masks(B: int, side: int, ratio: float, generator: torch.Generator) -> Tensor:
-    """Masks B x side x side of blocks, 1 = masked, drawn for each image on its own."""
+    """Blocks B x side x side, 1 = masked, drawn for each image on its own."""
     order = torch.rand(B, side**2, generator=generator).argsort(1)  # a permutation each
     return (order < masked_blocks(side**2, ratio)).float().view(B, side, side)
 
 
-def enlarge(mask: Tensor, side: int) -> Tensor:
-    """Mask of blocks B x s x s -> B x 1 x side x side, side a multiple of s."""
-    times = side // mask.shape[-1]
-    return mask.repeat_interleave(times, 1).repeat_interleave(times, 2).unsqueeze(1)
+def enlarge(blocks: Tensor, side: int) -> Tensor:
+    """Blocks B x s x s -> mask B x 1 x side x side, side a multiple of s."""
+    times = side // blocks.shape[-1]
+    return blocks.repeat_interleave(times, 1).repeat_interleave(times, 2).unsqueeze(1)
+
+
+def mask_images(images: Tensor, mask: Tensor) -> Tensor:
+    """Puts each image's own mean colour where the mask is 1."""
+    return torch.where(mask > 0, images.mean((2, 3), keepdim=True), images)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -295,6 +302,8 @@ def position_centers(geometry: Tensor, side: int) -> Tensor:
 def match_positions(geometry: Tensor, other: Tensor, side: int, num_matches: int) -> tuple[Tensor, ...]:
     """For each position its nearest in the other crop; of these pairs the `num_matches` closest.
 
+    However far apart; several positions may have the same match.
+
     Args:
         geometry: B x 5, see position_centers.
         other: B x 5, of the other crop.
@@ -318,7 +327,7 @@ def match_positions(geometry: Tensor, other: Tensor, side: int, num_matches: int
 
 
 def stem_and_stages(backbone: nn.Module) -> tuple[list[nn.Module], list[nn.Module]] | None:
-    """Modules before the four stages, and from them on, of a timm ResNet, Swin or ConvNeXt; else None."""
+    """Modules of a timm ResNet, Swin or ConvNeXt in order: before the stages; stages, and norm. Else None."""
     if hasattr(backbone, "conv1") and hasattr(backbone, "layer4"):
         stages = [backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
         return [backbone.conv1, backbone.bn1, backbone.act1, backbone.maxpool], stages
@@ -334,7 +343,7 @@ def maps_are_nhwc(backbone: nn.Module) -> bool:
     return getattr(backbone, "output_fmt", "NCHW") == "NHWC"
 
 
-def run_backbone(backbone: nn.Module, images: Tensor, stage: int = 0, mask: Tensor | None = None,
+def run_backbone(backbone: nn.Module, images: Tensor, stage: int = 0, blocks: Tensor | None = None,
                  mask_token: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Images -> last map B x D x h x w and pooled features B x D.
 
@@ -342,22 +351,27 @@ def run_backbone(backbone: nn.Module, images: Tensor, stage: int = 0, mask: Tens
         backbone: one that stem_and_stages knows.
         images: B x 3 x H x W.
         stage: before which the token is added.
-        mask: of blocks, B x s x s, 1 = masked; None: no token.
+        blocks: B x s x s, 1 = masked; None: no token.
         mask_token: as wide as the map there.
     """
     stem, stages = stem_and_stages(backbone)
-    x = nn.Sequential(*stem, *stages[:stage])(images)
-    if mask is not None:
-        side = x.shape[1] if maps_are_nhwc(backbone) else x.shape[2]
-        token = mask_token.view(1, -1, 1, 1) * enlarge(mask, side)  # B x width x side x side
-        x = x + (token.permute(0, 2, 3, 1) if maps_are_nhwc(backbone) else token).to(x.dtype)
-    x = nn.Sequential(*stages[stage:])(x)
+    nhwc, x = maps_are_nhwc(backbone), images
+    for module in (*stem, *stages[:stage]):
+        x = module(x)
+    if blocks is not None:  # the pixels there are of one colour already; the token says which are missing
+        side = x.shape[1] if nhwc else x.shape[2]
+        token = mask_token.view(1, -1, 1, 1) * enlarge(blocks, side)  # B x width x side x side
+        x = x + (token.permute(0, 2, 3, 1) if nhwc else token).to(x.dtype)
+    for module in stages[stage:]:
+        x = module(x)
     pooled = backbone.forward_head(x)
-    return (x.permute(0, 3, 1, 2) if maps_are_nhwc(backbone) else x), pooled
+    return (x.permute(0, 3, 1, 2) if nhwc else x), pooled
 
 
 class LocalHead(nn.Module):
-    """Three linear layers to a unit vector, then its cosine with prototypes: 1x1 convolutions on positions.
+    """Three linear layers to a unit vector, then its cosine with prototypes.
+
+    The paper's 1 x 1 convolutions, on the chosen positions alone.
 
     Args:
         in_dim: D.
@@ -376,7 +390,7 @@ class LocalHead(nn.Module):
         self.prototypes = nn.utils.parametrizations.weight_norm(prototypes)
         gain = self.prototypes.parametrizations.weight.original0  # out_dim x 1
         nn.init.ones_(gain)
-        gain.requires_grad_(False)
+        gain.requires_grad_(False)  # prototypes stay unit vectors
 
     def forward(self, x: Tensor) -> Tensor:
         """N x D -> N x out_dim."""
@@ -390,7 +404,7 @@ class Encoder(nn.Module):
         backbone: a timm model that stem_and_stages knows.
         D: channels of its last map.
         local_dim: prototypes.
-        use_bn: BatchNorm in the local head.
+        use_bn: BatchNorm in the local head, as in the backbone.
     """
 
     def __init__(self, backbone: nn.Module, D: int, local_dim: int, use_bn: bool):
@@ -420,19 +434,19 @@ class OnlineEncoder(Encoder):
         self.mask_stage, self.mask_token = mask_stage, nn.Parameter(torch.zeros(token_dim))
         self.decoder = nn.Sequential(nn.Conv2d(D, 3 * STRIDE**2, 1), nn.PixelShuffle(STRIDE))
 
-    def forward(self, images: Tensor, mask: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """Masked images -> all that the losses need.
+    def forward(self, images: Tensor, blocks: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """Masked images -> all that the losses need, in one call: DistributedDataParallel sees no other.
 
         Args:
             images: B x 3 x H x W, masked.
-            mask: B x s x s, 1 = masked block.
+            blocks: B x s x s, 1 = masked.
             positions: B x n of the last map's h * w, for the local head.
 
         Returns:
             prediction B x 3 x H x W; queries B x 256 of unit length; local outputs B x n x local_dim; pooled
             features B x D.
         """
-        last_map, pooled = run_backbone(self.backbone, images, self.mask_stage, mask, self.mask_token)
+        last_map, pooled = run_backbone(self.backbone, images, self.mask_stage, blocks, self.mask_token)
         q = F.normalize(self.projector(pooled).float(), dim=-1)
         local = self.local_head(take_positions(last_map, positions))
         return self.decoder(last_map), q, local.view(*positions.shape, -1), pooled
@@ -442,6 +456,23 @@ def take_positions(last_map: Tensor, positions: Tensor) -> Tensor:
     """Map B x D x h x w at positions B x n, numbered row by row -> (B * n) x D."""
     x = last_map.flatten(2).transpose(1, 2)  # B x h*w x D
     return x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[2])).flatten(0, 1)
+
+
+def gather(x: Tensor, process: Process) -> Tensor:
+    """Rows of all processes, in the order of their ranks; without gradient."""
+    if process.world_size == 1:
+        return x
+    everywhere = [torch.empty_like(x) for _ in range(process.world_size)]
+    dist.all_gather(everywhere, x.contiguous())
+    return torch.cat(everywhere)
+
+
+def process_mean(x: Tensor, process: Process) -> Tensor:
+    """Mean over all processes, in place; without gradient."""
+    if process.world_size > 1:
+        dist.all_reduce(x)
+        x /= process.world_size
+    return x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -458,13 +489,14 @@ def focal_l1(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
         mask: B x 1 x H x W, 1 = masked.
     """
     d = (prediction - image).abs()
-    return (d * (2 * torch.sigmoid(0.2 * d) - 1) * mask).sum() / (mask.sum() + 1e-5) / 3
+    return (d * (2 * torch.sigmoid(0.2 * d) - 1) * mask).sum() / (mask.sum() + 1e-5) / 3  # mask: 1 channel
 
 
 def focal_frequency(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Mean over frequencies of the squared distance of the batch's mean spectra, weighted by its own size.
+    """Squared distance of the batch's mean spectra, mean over frequencies; those that are worse count more.
 
-    Pixels that are not masked get a thousandth of the gradient. Arguments as in focal_l1.
+    Pixels that are not masked are taken halfway to the image, with a thousandth of the gradient. Arguments as
+    in focal_l1.
     """
     w = torch.where(mask > 0, 1.0, 0.001)
     blended = prediction * w + 0.5 * (prediction.detach() + image) * (1 - w)
@@ -483,7 +515,7 @@ def reconstruction_loss(prediction: Tensor, image: Tensor, mask: Tensor) -> Tens
 
 
 def global_loss(q: Tensor, k: Tensor, queue: Tensor, moco_t: float) -> Tensor:
-    """InfoNCE: each query has to find its own key among those of the queue.
+    """InfoNCE: each query has to tell the key of its image's other view from those in the queue.
 
     Args:
         q: B x 256 queries of unit length.
@@ -492,24 +524,25 @@ def global_loss(q: Tensor, k: Tensor, queue: Tensor, moco_t: float) -> Tensor:
         moco_t: tau.
     """
     l_pos = (q * k).sum(-1, keepdim=True)  # B x 1
-    logits = torch.cat([l_pos, q @ queue], 1) / moco_t  # B x (1 + K)
+    l_neg = q @ queue  # B x K
+    logits = torch.cat([l_pos, l_neg], 1) / moco_t
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device))
 
 
-def local_loss(online: Tensor, branch: Tensor, center: Tensor, student_temp: float,
+def local_loss(output: Tensor, target: Tensor, center: Tensor, student_temp: float,
                branch_temp: float) -> Tensor:
     """Cross-entropy between branch and online encoder at matched positions, mean over all, in float32.
 
     Args:
-        online: B x n x local_dim outputs.
-        branch: B x n x local_dim outputs, without gradient.
+        output: B x n x local_dim of the online encoder.
+        target: B x n x local_dim of the branch encoder, without gradient.
         center: local_dim, c.
         student_temp: tau_o.
         branch_temp: tau_b.
     """
-    P = ((branch.float() - center) / branch_temp).softmax(-1)
-    log_q = (online.float() / student_temp).log_softmax(-1)
-    return -(P * log_q).sum(-1).mean()
+    p_target = ((target.float() - center) / branch_temp).softmax(-1)
+    log_p = (output.float() / student_temp).log_softmax(-1)
+    return -(p_target * log_p).sum(-1).mean()
 
 
 class Memory(nn.Module):
@@ -535,7 +568,7 @@ class Memory(nn.Module):
         self.queue_ptr.add_(N).remainder_(K)
 
     def moved_center(self, batch_mean: Tensor) -> Tensor:
-        """.9 c + .1 (local_dim means of the branch's outputs over all positions and processes)."""
+        """.9 c + .1 `batch_mean`, the branch's mean output (local_dim,) at matched positions; c stays."""
         return self.center.lerp(batch_mean, 0.1)
 
 
@@ -545,42 +578,14 @@ class Memory(nn.Module):
 
 
 @torch.no_grad()
-def feature_std(features: Tensor) -> Tensor:
-    """Standard deviation of unit features N x D, times sqrt(D): near 1 healthy, near 0 collapsed."""
-    return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
-
-
-@torch.no_grad()
 def batch_top1(q: Tensor, k: Tensor) -> Tensor:
-    """% of queries B x 256 whose own key is the nearest of the batch's keys B x 256."""
+    """% of queries B x 256 to which, of the batch's keys B x 256, their image's is the nearest."""
     return 100 * ((q @ k.T).argmax(1) == torch.arange(len(q), device=q.device)).float().mean()
 
 
 def teacher_temp_at(epoch: int, warmup: float, final: float, warmup_epochs: int) -> float:
     """tau_b: linear from `warmup` to `final` over the warm-up epochs, then constant."""
     return warmup + (final - warmup) * min(1.0, epoch / warmup_epochs) if warmup_epochs else final
-
-
-def mask_images(images: Tensor, mask: Tensor) -> Tensor:
-    """Puts each image's own mean colour where the mask B x 1 x H x W is 1."""
-    return torch.where(mask > 0, images.mean((2, 3), keepdim=True), images)
-
-
-def gather(x: Tensor, process: Process) -> Tensor:
-    """Rows of all processes, in the order of their ranks; without gradient."""
-    if process.world_size == 1:
-        return x
-    everywhere = [torch.empty_like(x) for _ in range(process.world_size)]
-    dist.all_gather(everywhere, x.contiguous())
-    return torch.cat(everywhere)
-
-
-def process_mean(x: Tensor, process: Process) -> Tensor:
-    """Mean over all processes, in place; without gradient."""
-    if process.world_size > 1:
-        dist.all_reduce(x)
-        x /= process.world_size
-    return x
 
 
 def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Module, branch: Encoder,
@@ -608,8 +613,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
             draw() writes reconstruction.png.
     """
     network = online.module if isinstance(online, DistributedDataParallel) else online
-    amp_dtype = common.autocast_dtype(args.amp, process.device)
-    autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    autocast = common.autocast(args.amp, process.device)
     branch_temp = teacher_temp_at(epoch, args.warmup_teacher_temp, args.teacher_temp,
                                   args.warmup_teacher_temp_epochs)
     map_side, mask_side = args.img_size // STRIDE, args.img_size // args.mask_patch_size
@@ -621,13 +625,14 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
         keys, figures, branch_means = [], [], torch.zeros(2, args.local_dim, device=process.device)
 
         for micro in range(args.accum_steps):
+            # B x 2 x 3 x H x W, B x 2 x 5
             crops, geometry = (x.to(process.device, non_blocking=True) for x in meter.fetch(batches))
             B = len(crops)
             seed = common.stream_seed(args.seed, "colour", step, micro, process.rank)
             images = torch.cat(color_views(crops, args.mean, args.std, seed))  # 2B x 3 x H x W, by views
             generator = torch.Generator().manual_seed(common.stream_seed(seed, "mask"))
-            blocks = draw_masks(2 * B, mask_side, args.mask_ratio, generator).to(process.device)
-            mask = enlarge(blocks, args.img_size)
+            blocks = draw_masks(2 * B, mask_side, args.mask_ratio, generator).to(process.device)  # 2B x s x s
+            mask = enlarge(blocks, args.img_size)  # 2B x 1 x H x W
             masked = mask_images(images, mask)
             if process.is_main and step == 0 and micro == 0:
                 save_views(images, args)
@@ -635,13 +640,14 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
             # Online positions of view 1 and their matches in view 2; then the other way round.
             there = match_positions(geometry[:, 0], geometry[:, 1], map_side, num_matches)
             back = match_positions(geometry[:, 1], geometry[:, 0], map_side, num_matches)
-            positions, matches, distances = (torch.cat(both) for both in zip(there, back, strict=True))
+            positions, matches, distances = (
+                torch.cat(both) for both in zip(there, back, strict=True))  # 2B x n each
 
-            with torch.no_grad(), autocast:
-                branch_map, k = branch(images)
-                other_map = branch_map.roll(B, 0)  # view 2, view 1
+            with torch.no_grad(), autocast:  # BatchNorm, here too, takes the batch's statistics
+                branch_map, k = branch(images)  # 2B x D x h x w, 2B x 256
+                other_map = branch_map.roll(B, 0)  # halves swapped: in the rows of view 1, view 2's map
                 target = branch.local_head(take_positions(other_map, matches)).view(2, B, num_matches, -1)
-                k = k.view(2, B, -1)
+                k = k.view(2, B, -1)  # by views
 
             # Processes exchange gradients with the last micro-batch only.
             waits = micro < args.accum_steps - 1 and online is not network
@@ -650,11 +656,12 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
                     prediction, q, local, pooled = online(masked, blocks, positions)
                 q, local = q.view(2, B, -1), local.view(2, B, num_matches, -1)
 
+                # By views, for the frequency loss compares mean spectra.
                 views = zip(prediction.chunk(2), images.chunk(2), mask.chunk(2), strict=True)
                 l_reconstruction = sum(reconstruction_loss(*view) for view in views) / 2
                 l_global = sum(global_loss(q[v], k[1 - v], memory.queue, args.moco_t) for v in range(2)) / 2
 
-                # The centre moves after each direction.
+                # The second direction sees the centre as the first has moved it; it is stored below.
                 means = process_mean(target.float().mean((1, 2)), process)  # 2 x local_dim
                 centers = memory.center, memory.moved_center(means[0])
                 l_local = sum(local_loss(local[v], target[v], centers[v], args.student_temp, branch_temp)
@@ -663,13 +670,15 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
                 parts = l_reconstruction, l_global, l_local
                 loss = sum(weight * part for weight, part in zip(args.loss_weights, parts, strict=True))
                 scaler.scale(loss / args.accum_steps).backward()
-            keys.append(gather(k.transpose(0, 1), process))  # B x 2 x 256
+            keys.append(gather(k.transpose(0, 1), process))  # by images: any split gives the same queue
             branch_means += means / args.accum_steps
             figures.append({"loss": loss.detach(), "reconstruction": l_reconstruction.detach(),
                             "global": l_global.detach(), "local": l_local.detach(),
                             "batch_top1": (batch_top1(q[0], k[1]) + batch_top1(q[1], k[0])) / 2,
-                            "match_distance": distances.mean(), "feature_std": feature_std(pooled.detach())})
+                            "match_distance": distances.mean(),
+                            "feature_std": common.feature_std(pooled.detach())})
 
+        # Online encoder by gradient, then the branch follows, then centre and queue.
         grad_norm = common.grad_norm(network, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
@@ -682,7 +691,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
 
         terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
         meter.end_step({**terms, "grad_norm": grad_norm})
-        first = slice(min(B, 8))  # of view 1
+        first = slice(min(B, 8))  # of view 1 in the last micro-batch
         draw = partial(save_reconstruction, images[first], masked[first], prediction[first].detach(),
                        mask[first], args)
         if after_step(step + 1, {**now, "teacher_temp": branch_temp}, draw):
@@ -770,12 +779,14 @@ def main() -> None:
     network, branch = build_encoders(args)
     memory = Memory(args.moco_k, args.local_dim).to(process.device)
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
-    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
-    if args.init and not saved:
+    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS)
+    if saved:
+        init = f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)
+    elif args.init:
         state, _ = common.read_weights(args.init, args.checkpoint_key, "--init")
-        report = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
-        if process.is_main:
-            print(report)
+        init = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
+    else:
+        init = "from nothing"
     start = network.state_dict()
     branch.load_state_dict({name: start[name] for name in branch.state_dict()})
     for model in (network, branch):
@@ -784,8 +795,9 @@ def main() -> None:
             model.to(memory_format=torch.channels_last)
     if process.world_size > 1 and process.device.type == "cuda":
         network, branch = (timm.layers.convert_sync_batchnorm(model) for model in (network, branch))
-    optimizer = timm.optim.create_optimizer_v2(common.param_groups(network), opt=args.optimizer, lr=args.lr,
-                                               weight_decay=args.weight_decay)
+    fused = {"fused": True} if args.optimizer == "adamw" else {}  # one kernel for all tensors
+    optimizer = timm.optim.create_optimizer_v2(
+        common.param_groups(network), lr=args.lr, weight_decay=args.weight_decay, opt=args.optimizer, **fused)
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
     stateful = {"online": network, "branch": branch, "memory": memory, "optimizer": optimizer,
                 "scaler": scaler}
@@ -809,8 +821,8 @@ def main() -> None:
                                  start_step, end_step)
     loader = common.build_loader(dataset, sampler, args.num_workers, process.device)
     lr = args.lr * effective_batch / 64
-    positions = (args.img_size // STRIDE) ** 2
-    num_matches = args.num_matches or max(1, round(20 / 49 * positions))
+    num_positions = (args.img_size // STRIDE) ** 2
+    num_matches = args.num_matches or max(1, round(20 / 49 * num_positions))
 
     def schedule(step: int) -> dict[str, float]:
         cosine = partial(common.cosine_schedule, step=step, total_steps=total_steps)
@@ -818,20 +830,22 @@ def main() -> None:
                 "momentum": cosine(args.momentum, 1.0)}
 
     versions = common.versions()
-    header = {"argv": sys.argv, "versions": versions, "device": common.device_name(process.device),
+    header = {"argv": sys.argv, "versions": versions, "init": init,
+              "device": common.device_name(process.device),
               "processes": process.world_size, "images": len(paths), "effective_batch": effective_batch,
               "scaled_lr": lr, "steps_per_epoch": steps_per_epoch, "steps": total_steps,
-              "from_step": start_step, "to_step": end_step, "positions": positions,
+              "from_step": start_step, "to_step": end_step, "positions": num_positions,
               "num_matches": num_matches, "chance_global": math.log(args.moco_k + 1),
               "chance_local": math.log(args.local_dim)}
     if process.is_main:
-        derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
+        print(init)
+        derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
         if args.moco_k > len(paths):
             print(f"warning: --moco_k {args.moco_k}: more keys than the {len(paths)} images; the queue often "
                   "holds older keys of the query's own image, as negatives", file=sys.stderr)
     log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
-                        advice="Try a lower --lr, longer --warmup_epochs, or a larger --momentum")
+                        advice="Try a lower --lr, more --warmup_epochs, or a larger --momentum")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:
@@ -856,7 +870,7 @@ def main() -> None:
             save(step)
             meter.restart()
         log.advance()
-        return stopping
+        return stopping and step < end_step
 
     batches, stopped = iter(loader), False
     for epoch in range(start_step // steps_per_epoch, math.ceil(end_step / steps_per_epoch)):

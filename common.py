@@ -1,5 +1,8 @@
 """Small helpers shared by the scripts. None is a method's idea; take one along with what it calls.
 
+What belongs to a method, and each training loop, stands in its script, twice or four times if need be: who
+mends one such twin (`main`, `gather`, `enqueue`, `teacher_temp_at`, the heads) mends the others.
+
 Order: errors, processes and seeds; data; colour on whole batches; backbones and their weights; optimisation;
 what a run writes.
 """
@@ -32,6 +35,7 @@ import timm
 import timm.layers
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
@@ -41,6 +45,11 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
 PIXEL_SUFFIXES = IMAGE_SUFFIXES | {".npy"}  # what read_pixels reads
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+# Flags of the training scripts that may change between a run and its continuation: those that do not make
+# the method. (Batch, accumulation and processes may change, their product, the effective batch, has to stay.)
+FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
+              "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
+              "log_every", "max_steps"}
 
 # --------------------------------------------------------------------------------------------------
 # Errors, processes, seeds
@@ -147,6 +156,12 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
     if amp == "fp16" and device.type != "cuda":
         fail(f"--amp fp16: only on cuda, this is {device.type}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
+
+
+def autocast(amp: str, device: torch.device) -> torch.autocast:
+    """The context of `--amp` on `device`, which may be entered again and again."""
+    dtype = autocast_dtype(amp, device)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -265,11 +280,10 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images
 
 
-def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tensor] = read_image,
-                 sample: int = 32) -> None:
-    """Reads some images, evenly spaced; fails when none is readable or most are smaller than the crop."""
+def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tensor] = read_image) -> None:
+    """Reads up to 32 images, evenly spaced; fails when none is readable or most are smaller than the crop."""
     sides, reason = [], ""
-    for path in paths[:: math.ceil(len(paths) / sample)]:
+    for path in paths[:: math.ceil(len(paths) / 32)]:
         try:
             sides.append(min(read(path).shape[1:]))
         except UnreadableImageError as error:  # a few are counted and reported when training meets them
@@ -282,13 +296,13 @@ def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tens
 
 
 class SkipUnreadable(torch.utils.data.Dataset):
-    """A data set that takes the next sample in place of an unreadable one, and says so.
+    """A data set that takes the next sample in place of an unreadable one, and says so; up to 100 times.
 
     `dataset[epoch, index]` may raise UnreadableImageError. Returns (sample, list of messages).
     """
 
-    def __init__(self, dataset: torch.utils.data.Dataset, tries: int = 100):
-        self.dataset, self.tries = dataset, tries
+    def __init__(self, dataset: torch.utils.data.Dataset):
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -296,7 +310,7 @@ class SkipUnreadable(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[object, list[str]]:
         epoch, index = key
         messages = []
-        for attempt in range(min(self.tries, len(self.dataset))):
+        for attempt in range(min(100, len(self.dataset))):
             try:
                 return self.dataset[epoch, (index + attempt) % len(self.dataset)], messages
             except UnreadableImageError as error:
@@ -475,15 +489,15 @@ def _blur(images: Tensor, sigma: Tensor, radius: int) -> Tensor:
     return nn.functional.conv2d(planes, kernel.transpose(2, 3), groups=n * c).view(n, c, h, w)
 
 
-def gaussian_blur(images: Tensor, where: Tensor, sigma: Tensor, max_sigma: float = 2.0) -> Tensor:
-    """Gaussian blur of the chosen samples by `sigma` (n,) pixels, out to 3 `max_sigma`, borders reflected."""
-    radius = min(math.ceil(3 * max_sigma), images.shape[2] - 1, images.shape[3] - 1)
+def gaussian_blur(images: Tensor, where: Tensor, sigma: Tensor) -> Tensor:
+    """Gaussian blur of the chosen samples by `sigma` (n,) of at most 2 pixels; borders reflected."""
+    radius = min(6, images.shape[2] - 1, images.shape[3] - 1)  # three times the greatest sigma
     return apply_where(where, lambda chosen, s: _blur(chosen, s, radius), images, sigma)
 
 
-def solarize(images: Tensor, where: Tensor, threshold: float = 128 / 255) -> Tensor:
-    """Inverts the pixels at or above `threshold` of the chosen samples."""
-    return apply_where(where, lambda chosen: torch.where(chosen >= threshold, 1 - chosen, chosen), images)
+def solarize(images: Tensor, where: Tensor) -> Tensor:
+    """Inverts the pixels at or above 128 / 255 of the chosen samples."""
+    return apply_where(where, lambda chosen: torch.where(chosen >= 128 / 255, 1 - chosen, chosen), images)
 
 
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -880,6 +894,15 @@ def agree(process: Process, *flags: bool) -> list[bool]:
     votes = torch.tensor(flags, dtype=torch.uint8)
     dist.all_reduce(votes, dist.ReduceOp.MAX, group=process.cpu_group)
     return votes.bool().tolist()
+
+
+@torch.no_grad()
+def feature_std(features: Tensor) -> Tensor:
+    """Standard deviation of the unit vectors of N x D features, times sqrt(D).
+
+    1: directions spread evenly; .5 and more is usual behind a ReLU; near 0: all images alike, collapsed.
+    """
+    return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
 class Meter:

@@ -9,7 +9,8 @@ imagery", arXiv 2303.06670. Builds on DINO (M. Caron et al., ICCV 2021), which i
     # one GPU: ViT-S/16 on any folder of images, labelled or not
     python dino_mc.py --data_path IMAGES --output_dir OUT --batch_size_per_gpu 128
     # several GPUs; DINO-TP on one folder per location, holding its dates
-    python -m torch.distributed.run --nproc_per_node 4 dino_mc.py --data_path PLACES --output_dir O --mode tp
+    python -m torch.distributed.run --nproc_per_node 4 dino_mc.py --data_path PLACES --output_dir OUT \
+        --mode tp
 
 A student sees every view, a teacher (its moving average) only the global ones. The student's output on each
 view has to predict the teacher's on every other view. Centring and a low temperature of the teacher keep both
@@ -18,12 +19,12 @@ from collapsing. MC gives local crops many sizes; TP takes global views from dif
     symbol    variable              flag (default)                what
     B         B                     batch_size_per_gpu (64)       images per process and micro-batch
     T, V      T, V                  mode, local_crops_number (6)  global views (mc, dino 2; tp 3), all views
-    D         -                     arch (vit_small_patch16_224)  width of the backbone's features
+    D         D                     arch (vit_small_patch16_224)  width of the backbone's features
     K         K                     out_dim (65536)               prototypes
     tau_s     student_temp          student_temp (.1)             student's temperature
     tau_t     teacher_temp          teacher_temp (.04)            teacher's; warms up by epochs
     c         center                -                             mean teacher output, momentum .9
-    m         momentum              momentum_teacher (.996)       of the teacher, cosine to 1
+    m         now["momentum"]       momentum_teacher (.996)       of the teacher, cosine to 1
 
 Differs from the authors' code:
 - every image is used; `--one_date_per_location` draws one image per folder and epoch (theirs: once per run);
@@ -33,8 +34,9 @@ Differs from the authors' code:
 - colours are computed in floating point, without rounding to 8 bits in between;
 - Swin is timm's, without a second, untrained head; timm resamples ViT positions (bicubic, antialiased);
 - `--drop_path` acts on every backbone that has it, ResNets included (off with 0);
-- SyncBatchNorm needs GPUs: several CPU processes normalise each its own batch;
-- the centre, the random draws and the position in the data are saved: a resumed run repeats the unbroken one.
+- several processes on GPUs synchronise BatchNorm; on CPUs each normalises its own batch;
+- the centre is saved; order, crops and draws follow from seed and step: a resumed run repeats the unbroken
+  one.
 
 In OUT: checkpoint.pth, backbone/ (the teacher's, for timm), log.jsonl, views.png.
 """
@@ -65,18 +67,13 @@ from torchvision.transforms.v2.functional import resized_crop
 import common
 from common import Process
 
-# Flags that may change between a run and its continuation. All others make the method.
-FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
-              "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
-              "log_every", "max_steps"}  # the effective batch, not its parts, has to stay
-
 # --------------------------------------------------------------------------------------------------
 # Flags
 # --------------------------------------------------------------------------------------------------
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """All flags, with the paper's defaults."""
+    """All flags; the defaults are the paper's."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     yes_no = argparse.BooleanOptionalAction
@@ -93,7 +90,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="vit_small_patch16_224", help="any timm model with pooled features, such as "
         "vit_small_patch8_224, resnet50, wide_resnet50_2, swin_tiny_patch4_window7_224")
-    add("--patch_size", type=int, help="of a ViT; none: the arch's own")
+    add("--patch_size", type=int, help="of a ViT; none: the arch's own; smaller for small images")
     add("--drop_path", type=float, default=0.1, help="stochastic depth of the student; 0 for short runs")
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
@@ -129,7 +126,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr", type=float, default=5e-4, help="at an effective batch of 256; scaled linearly to the actual")
     add("--min_lr", type=float, default=1e-6, help="at the end of its cosine; not scaled")
     add("--warmup_epochs", type=float, default=10, help="of the learning rate; less for short runs")
-    add("--weight_decay", type=float, default=0.04, help="at the start; 1e-4 with sgd")
+    add("--weight_decay", type=float, default=0.04, help="at the start, not on biases and norms; "
+        "1e-4 with sgd")
     add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
     add("--clip_grad", type=float, default=3.0, help="greatest norm of each tensor's gradient; 0: off")
 
@@ -161,8 +159,8 @@ def check_args(args: argparse.Namespace) -> None:
         if not 0 < low <= high <= 1:
             common.fail(f"--{name} {low} {high}: must be 0 < low <= high <= 1")
     if args.local_crops_size and len(args.local_crops_size) not in (1, args.local_crops_number):
-        common.fail(f"--local_crops_size: one side or {args.local_crops_number} (--local_crops_number), not "
-                    f"{len(args.local_crops_size)}")
+        common.fail(f"--local_crops_size {' '.join(map(str, args.local_crops_size))}: one side, or "
+                    f"{args.local_crops_number} (--local_crops_number), not {len(args.local_crops_size)}")
     if args.mode != "dino" and not args.local_crops_size and args.local_crops_number > len(MC_SIZES):
         common.fail(f"--local_crops_number {args.local_crops_number}: mode {args.mode} has {len(MC_SIZES)} "
                     "sizes; for more give --local_crops_size")
@@ -266,8 +264,8 @@ class ViewDataset(torch.utils.data.Dataset):
 
     @staticmethod
     def _crop(image: Tensor, view: View) -> Tensor:
-        top, left, height, width = RandomResizedCrop.get_params(image, view.scale, (3 / 4, 4 / 3))
-        crop = resized_crop(image, top, left, height, width, [view.size] * 2, view.interpolation)
+        box = RandomResizedCrop.get_params(image, view.scale, (3 / 4, 4 / 3))  # top, left, height, width
+        crop = resized_crop(image, *box, [view.size] * 2, view.interpolation)
         return crop.flip(-1) if torch.rand(()) < view.p_flip else crop
 
 
@@ -296,7 +294,7 @@ def color_views(crops: list[Tensor], views: list[View], mean: Sequence[float], s
     pairs = zip(crops, views, strict=True)
     for _, members in groupby(pairs, key=lambda pair: (pair[1].for_teacher, pair[1].size)):
         crops_of_group, views_of_group = zip(*members, strict=True)
-        x = torch.cat(crops_of_group).float() / 255
+        x = common.to_float(torch.cat(crops_of_group))
         p = per_sample(view.p_jitter for view in views_of_group)
         x = common.color_jitter(x, *common.draw_color_jitter(views_of_group[0].jitter, p, generator))
         p = per_sample(view.p_gray for view in views_of_group)
@@ -325,15 +323,14 @@ class DINOHead(nn.Module):
         norm_last_layer: keep the gain of the prototypes at 1.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True,
-                 hidden_dim: int = 2048, bottleneck_dim: int = 256):
+    def __init__(self, in_dim: int, out_dim: int, use_bn: bool = False, norm_last_layer: bool = True):
         super().__init__()
         layers = []
-        for width in (in_dim, hidden_dim):
-            norm = [nn.BatchNorm1d(hidden_dim)] if use_bn else []
-            layers += [nn.Linear(width, hidden_dim), *norm, nn.GELU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(hidden_dim, bottleneck_dim))
-        self.last_layer = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        for width in (in_dim, 2048):
+            norm = [nn.BatchNorm1d(2048)] if use_bn else []
+            layers += [nn.Linear(width, 2048), *norm, nn.GELU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(2048, 256))
+        self.last_layer = nn.Linear(256, out_dim, bias=False)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
@@ -392,12 +389,11 @@ class DINOLoss(nn.Module):
     Args:
         out_dim: K.
         student_temp: tau_s.
-        center_momentum: of the centre c.
     """
 
-    def __init__(self, out_dim: int, student_temp: float = 0.1, center_momentum: float = 0.9):
+    def __init__(self, out_dim: int, student_temp: float = 0.1):
         super().__init__()
-        self.student_temp, self.center_momentum = student_temp, center_momentum
+        self.student_temp = student_temp
         self.register_buffer("center", torch.zeros(out_dim))
 
     def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
@@ -417,8 +413,8 @@ class DINOLoss(nn.Module):
 
     @torch.no_grad()
     def update_center(self, batch_mean: Tensor) -> None:
-        """Sets c <- .9 c + .1 (K means of the teacher's outputs over batch, views and processes)."""
-        self.center.lerp_(batch_mean, 1 - self.center_momentum)
+        """Sets c <- .9 c + .1 `batch_mean`, the teacher's mean output (K,) of batch, views and processes."""
+        self.center.lerp_(batch_mean, 0.1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -427,25 +423,22 @@ class DINOLoss(nn.Module):
 
 
 @torch.no_grad()
-def health(teacher: Tensor, center: Tensor, teacher_temp: float, features: Tensor) -> dict[str, float]:
-    """Figures that tell learning from collapse.
+def health(teacher: Tensor, center: Tensor, teacher_temp: float) -> dict[str, float]:
+    """Figures of the teacher that tell learning from collapse.
 
     Args:
         teacher: T x B x K outputs.
         center: K, as the loss used it.
         teacher_temp: tau_t.
-        features: N x D student features of the global views.
 
     Returns:
-        entropy of P (ln K: uniform); kl of P from its batch mean (0: the same for all images, collapsed);
-        feature_std, of the unit features, times sqrt(D) (near 1: healthy, near 0: collapsed).
+        entropy of P (ln K: uniform); kl of P from its batch mean (0: the same for all images, collapsed).
     """
     P = teacher_probabilities(teacher, center, teacher_temp).flatten(0, 1)
     mean = P.mean(0)
     entropy = -torch.special.xlogy(P, P).sum(-1).mean()
     kl = -torch.special.xlogy(mean, mean).sum() - entropy
-    feature_std = F.normalize(features.float(), dim=-1).std(0).mean() * math.sqrt(features.shape[1])
-    return {"entropy": entropy.item(), "kl": kl.item(), "feature_std": feature_std.item()}
+    return {"entropy": entropy.item(), "kl": kl.item()}
 
 
 @torch.no_grad()
@@ -482,13 +475,12 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         args: the flags.
         process: this one.
         meter: collects what the log shows.
-        after_step: given the number of steps done, values to log and a function that computes the health
-            figures, it logs, saves, and says whether to stop.
+        after_step: after_step(steps done, values, compute_health) logs and saves when due, and says whether
+            to stop; compute_health() gives the figures of `health`.
     """
     T = sum(view.for_teacher for view in views)
     network = student.module if isinstance(student, DistributedDataParallel) else student
-    amp_dtype = common.autocast_dtype(args.amp, process.device)
-    autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    autocast = common.autocast(args.amp, process.device)
     teacher_temp = teacher_temp_at(epoch, args.warmup_teacher_temp, args.teacher_temp,
                                    args.warmup_teacher_temp_epochs)
 
@@ -497,28 +489,29 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         for group, weight_decay in zip(optimizer.param_groups, (now["weight_decay"], 0.0), strict=True):
             group["lr"], group["weight_decay"] = now["lr"], weight_decay
         generator = torch.Generator().manual_seed(common.stream_seed(args.seed, "colour", step, process.rank))
-        teacher_mean, step_loss = torch.zeros_like(dino_loss.center), 0.0
+        teacher_mean, figures = torch.zeros_like(dino_loss.center), []
 
         for micro in range(args.accum_steps):
             crops = [crop.to(process.device, non_blocking=True) for crop in meter.fetch(batches)]
+            # Drop path takes no generator.
             torch.manual_seed(common.stream_seed(args.seed, "drop path", step, micro, process.rank))
             V, B = len(crops), len(crops[0])
             groups = color_views(crops, views, args.mean, args.std, generator)
             if process.is_main and step == 0 and micro == 0:
-                save_views(Path(args.output_dir) / "views.png", groups, B, args.mean, args.std)
+                save_views(groups, B, args)
+            with torch.no_grad(), autocast:
+                teacher_out = teacher(groups[:1])[0].view(T, B, -1)  # T x B x K, on the global views
 
             # Processes exchange gradients with the last micro-batch only.
-            waits = micro < args.accum_steps - 1 and isinstance(student, DistributedDataParallel)
+            waits = micro < args.accum_steps - 1 and student is not network
             with student.no_sync() if waits else nullcontext():
                 with autocast:
-                    with torch.no_grad():
-                        teacher_out, _ = teacher(groups[:1])  # T*B x K, on the global views
                     student_out, features = student(groups)  # V*B x K, V*B x D
-                student_out, teacher_out = student_out.view(V, B, -1), teacher_out.view(T, B, -1)
-                loss = dino_loss(student_out, teacher_out, teacher_temp) / args.accum_steps
-                scaler.scale(loss).backward()
-            step_loss += loss.detach()
+                loss = dino_loss(student_out.view(V, B, -1), teacher_out, teacher_temp)
+                scaler.scale(loss / args.accum_steps).backward()
             teacher_mean += teacher_out.float().mean((0, 1)) / args.accum_steps
+            figures.append({"loss": loss.detach(),
+                            "feature_std": common.feature_std(features[: T * B].detach())})
 
         # Student: each tensor's gradient is clipped, the prototypes rest during the first epochs.
         grad_norm = common.grad_norm(network, optimizer, scaler)
@@ -539,18 +532,20 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
         dino_loss.update_center(teacher_mean)
         common.update_ema(network, teacher, now["momentum"])
 
-        meter.end_step({"loss": step_loss, "grad_norm": grad_norm})
+        terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
+        meter.end_step({**terms, "grad_norm": grad_norm})
         # Health, of the last micro-batch in the main process, is for log steps only: it waits for the GPU.
-        compute_health = partial(health, teacher_out, center, teacher_temp, features[: T * B])
+        compute_health = partial(health, teacher_out, center, teacher_temp)
         if after_step(step + 1, {**now, "teacher_temp": teacher_temp}, compute_health):
             return True
     return False
 
 
-def save_views(path: Path, groups: list[Tensor], B: int, mean: Sequence[float], std: Sequence[float]) -> None:
-    """Draws all views of up to 8 images, a row each, as the network sees them."""
-    views = [view for group in groups for view in group.split(B)]  # V times B x 3 x s x s
-    common.save_grid(path, [[view[i] for view in views] for i in range(min(B, 8))], mean, std)
+def save_views(groups: list[Tensor], B: int, args: argparse.Namespace) -> None:
+    """Draws a row for each of up to 8 images: all its views as the network sees them."""
+    views = [view[:8] for group in groups for view in group.split(B)]  # V times 8 x 3 x s x s
+    rows = list(zip(*views, strict=True))
+    common.save_grid(Path(args.output_dir) / "views.png", rows, args.mean, args.std)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -564,12 +559,12 @@ def group_locations(paths: list[str], mode: str, one_date_per_location: bool) ->
         return [[path] for path in paths]
     locations = [list(dates) for _, dates in groupby(sorted(paths, key=os.path.dirname), key=os.path.dirname)]
     if max(map(len, locations)) == 1:
-        common.fail("--data_path: every folder has one image; tp and --one_date_per_location want "
-                    "the dates of a place in a folder of its own")
+        common.fail(f"--data_path {os.path.commonpath(paths)}: every folder has one image; tp and "
+                    "--one_date_per_location want the dates of a place in a folder of its own")
     return locations
 
 
-def feature_width(backbone: nn.Module, sizes: Sequence[int], multiple: int) -> int:
+def feature_width(backbone: nn.Module, arch: str, sizes: Sequence[int], multiple: int) -> int:
     """D, found by running the backbone once on each side; fails where it cannot take one."""
     backbone.eval()
     for size in dict.fromkeys(size // multiple * multiple for size in sizes):
@@ -577,7 +572,7 @@ def feature_width(backbone: nn.Module, sizes: Sequence[int], multiple: int) -> i
             with torch.no_grad():
                 features = backbone(torch.zeros(1, 3, size, size))
         except Exception as error:
-            common.fail(f"--arch: {type(backbone).__name__} cannot take crops of {size} px: {error}")
+            common.fail(f"--arch {arch}: cannot take crops of {size} px: {error}")
     backbone.train()
     return features.shape[1]
 
@@ -589,7 +584,7 @@ def build_networks(args: argparse.Namespace) -> tuple[Network, Network, list[Vie
     multiple = common.patch_multiple(backbone)
     sizes = local_sizes(args.mode, args.img_size, args.local_crops_number, args.local_crops_size, multiple)
     views = make_views(args.mode, args.img_size, sizes, args.global_crops_scale, args.local_crops_scale)
-    D = feature_width(backbone, [args.img_size, *sizes], multiple)
+    D = feature_width(backbone, args.arch, [args.img_size, *sizes], multiple)
     head = DINOHead(D, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
     teacher_backbone = common.build_backbone(args.arch, args.img_size, args.patch_size)  # no drop path
     teacher = Network(teacher_backbone, copy.deepcopy(head), multiple).requires_grad_(False)
@@ -622,12 +617,14 @@ def main() -> None:
     network, teacher, views = build_networks(args)
     dino_loss = DINOLoss(args.out_dim, args.student_temp).to(process.device)
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
-    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
-    if args.init and not saved:
+    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS)
+    if saved:
+        init = f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)
+    elif args.init:
         state, _ = common.read_weights(args.init, args.checkpoint_key, "--init")
-        report = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
-        if process.is_main:
-            print(report)
+        init = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
+    else:
+        init = "from nothing"
     teacher.load_state_dict(network.state_dict())
     for model in (network, teacher):
         model.to(process.device)
@@ -635,10 +632,11 @@ def main() -> None:
             model.to(memory_format=torch.channels_last)
     if process.world_size > 1 and process.device.type == "cuda":
         network, teacher = (timm.layers.convert_sync_batchnorm(model) for model in (network, teacher))
+    fused = {"fused": True} if args.optimizer == "adamw" else {}  # one kernel for all tensors
     optimizer = timm.optim.create_optimizer_v2(
         common.param_groups(network), lr=args.lr, weight_decay=args.weight_decay, momentum=0.9,
         opt="momentum" if args.optimizer == "sgd" else args.optimizer,  # timm's "sgd" would be Nesterov's
-        **({"fused": True} if args.optimizer == "adamw" else {}))
+        **fused)
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
     stateful = {"student": network, "teacher": teacher, "dino_loss": dino_loss, "optimizer": optimizer,
                 "scaler": scaler}
@@ -651,7 +649,7 @@ def main() -> None:
     del saved
     if args.compile:
         for model in (network, teacher):
-            model.backbone.compile()
+            model.backbone.compile()  # the rest loops over sizes
     student = network
     if process.world_size > 1:
         device_ids = [process.device.index] if process.device.type == "cuda" else None
@@ -670,16 +668,18 @@ def main() -> None:
                 "momentum": cosine(args.momentum_teacher, 1.0)}
 
     versions = common.versions()
-    header = {"argv": sys.argv, "versions": versions, "device": common.device_name(process.device),
+    header = {"argv": sys.argv, "versions": versions, "init": init,
+              "device": common.device_name(process.device),
               "processes": process.world_size, "images": len(paths), "samples": len(locations),
               "effective_batch": effective_batch, "scaled_lr": lr, "steps_per_epoch": steps_per_epoch,
               "steps": total_steps, "from_step": start_step, "to_step": end_step,
               "views": [view.size for view in views], "chance_loss": math.log(args.out_dim)}
     if process.is_main:
-        derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
+        print(init)
+        derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
     log = common.RunLog(out, process, end_step, start_step, header, floors={"kl": 0.02, "feature_std": 0.05},
-                        advice="Try a lower --teacher_temp or --lr, longer warm-ups, or --use_bn_in_head")
+                        advice="Try a lower --teacher_temp, --lr, more --warmup_epochs, or --use_bn_in_head")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:
@@ -704,7 +704,7 @@ def main() -> None:
             save(step)
             meter.restart()
         log.advance()
-        return stopping
+        return stopping and step < end_step
 
     batches, stopped = iter(loader), False
     for epoch in range(start_step // steps_per_epoch, math.ceil(end_step / steps_per_epoch)):

@@ -28,7 +28,7 @@ domain, goes on with unlabelled images of the domain that counts. Without it thi
     N          N           -                              patches of an image: 196
     n          n           mask_ratio (.75)               patches that the encoder sees: 49
     D          D           arch (vit_base_patch16_224)    width of the encoder: 768
-    -          decoder_*   decoder_dim (512), decoder_depth (8), decoder_heads (16)
+    -          decoder_*   decoder_dim (512), decoder_depth (8), decoder_heads (16): width, blocks, heads
 
 Pixels of 8-bit images are in [0, 1] before --mean and --std. Other channels than colour (`--in_chans`) come
 from TIFF files with a page for each band, 16-bit or float images of one band, and .npy files H x W x C.
@@ -37,9 +37,9 @@ Pixels that are not 8-bit are taken as they are, and --mean and --std are in the
 Differs from the authors' code:
 - other sizes than the weights were made for: fixed positions are computed anew for the new grid, learned ones
   resampled and kept fixed; the patch projection is resampled, and converted to other channels;
-- workers crop, resize and flip in uint8 with antialiasing;
+- workers crop, resize and flip with antialiasing, 8-bit images in uint8;
 - the mean and variance of `--norm_pix_loss` are put back in reconstruction.png;
-- order, crops and masks follow from seed and step: a resumed run repeats the unbroken one.
+- order, crops and draws follow from seed and step: a resumed run repeats the unbroken one.
 
 In OUT: checkpoint.pth, backbone/ (the encoder, for timm), log.jsonl, views.png, reconstruction.png.
 """
@@ -57,7 +57,6 @@ import timm.models
 import timm.optim
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -67,11 +66,6 @@ from torchvision.transforms.v2.functional import resized_crop
 
 import common
 from common import Process
-
-# Flags that may change between a run and its continuation. All others make the method.
-FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
-              "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
-              "log_every", "max_steps"}  # the effective batch, not its parts, has to stay
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -97,7 +91,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="vit_base_patch16_224", help="a timm ViT with a class token, such as "
         "vit_tiny_patch16_224, vit_small_patch16_224, vit_large_patch16_224")
-    add("--patch_size", type=int, help="none: the arch's own; smaller for small images")
+    add("--patch_size", type=int, help="of a ViT; none: the arch's own; smaller for small images")
     add("--init", help="go on from MAE's checkpoint, with or without decoder, from an output folder, a state "
         "dict, or timm's pretrained weights by name; none: from nothing")
     add("--checkpoint_key", help="which entry of a checkpoint --init takes; none: the usual ones")
@@ -105,9 +99,10 @@ def get_parser() -> argparse.ArgumentParser:
         "the encoder")
 
     add = parser.add_argument_group("method").add_argument
-    add("--mask_ratio", type=float, default=0.75, help="share of the patches that the encoder does not see")
-    add("--norm_pix_loss", action=yes_no, default=True, help="targets normalised by patch; off: pixels, for "
-        "sharper pictures and worse features")
+    add("--mask_ratio", type=float, default=0.75, help="share of the patches that the encoder does not see; "
+        "less is slower, and easier")
+    add("--norm_pix_loss", action=yes_no, default=True, help="targets normalised by patch; without: pixels, "
+        "for sharper pictures and worse features")
     add("--decoder_dim", type=int, default=512, help="width of the decoder; has to stay to take one over")
     add("--decoder_depth", type=int, default=8, help="blocks of the decoder; 1 to 4 for small encoders")
     add("--decoder_heads", type=int, default=16, help="heads of the decoder; a divisor of its width")
@@ -116,7 +111,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=1600, help="length of all schedules; with --init 100 to 400 are enough")
     add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
     add("--accum_steps", type=int, default=1, help="micro-batches per optimizer step, where memory is small")
-    add("--lr", type=float, default=1.5e-4, help="at an effective batch of 256; scaled linearly")
+    add("--lr", type=float, default=1.5e-4, help="at an effective batch of 256; scaled linearly to the "
+        "actual")
     add("--min_lr", type=float, default=0.0, help="at the end of its cosine; not scaled")
     add("--warmup_epochs", type=float, default=40, help="of the learning rate; less for short runs")
     add("--weight_decay", type=float, default=0.05, help="not on biases and norms")
@@ -135,21 +131,19 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses values out of range and pairs that contradict each other, before any work."""
+    """Refuses values out of range and pairs that contradict each other; makes --img_size height and width."""
     positive = ("in_chans patch_size decoder_dim decoder_depth decoder_heads epochs batch_size_per_gpu "
                 "accum_steps lr save_every log_every max_steps std")
     not_negative = "num_workers min_lr warmup_epochs weight_decay save_minutes seed"
-    common.check_range(args, positive.split(), not_negative.split(), finite=["mean"])
+    common.check_range(args, positive.split(), not_negative.split(), unit=["mask_ratio"], finite=["mean"])
+    if args.warmup_epochs >= args.epochs:
+        common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     if len(args.img_size) > 2 or min(args.img_size) <= 0:
         common.fail(f"--img_size {' '.join(map(str, args.img_size))}: one side, or height and width, above 0")
-    if not 0 < args.mask_ratio < 1:
-        common.fail(f"--mask_ratio {args.mask_ratio}: must be between 0 and 1")
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:
         common.fail(f"--decoder_dim {args.decoder_dim}: must be a multiple of 4, and of --decoder_heads, "
                     f"{args.decoder_heads}")
-    if args.warmup_epochs >= args.epochs:
-        common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
-    args.img_size = (args.img_size * 2)[:2]  # height and width
+    args.img_size = (args.img_size * 2)[:2]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -186,15 +180,15 @@ class CropDataset(torch.utils.data.Dataset):
         return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
-def measure_pixels(paths: list[str], in_chans: int, sample: int = 32) -> tuple[torch.dtype, list, list]:
-    """The dtype of the images; mean and std of each channel over some of them, evenly spaced."""
+def measure_pixels(paths: list[str], in_chans: int) -> tuple[torch.dtype, list, list]:
+    """The dtype of the images; mean and std of each channel over up to 32 of them, evenly spaced."""
     images = []
-    for path in paths[:: math.ceil(len(paths) / sample)]:
+    for path in paths[:: math.ceil(len(paths) / 32)]:
         try:
             images.append(common.read_pixels(path, in_chans))
         except common.UnreadableImageError:
             continue
-    # At most 65,536 pixels of each.
+    # At most 65,536 pixels of each: enough for a mean, whatever their size.
     pixels = [common.to_float(image).flatten(1)[:, :: 1 + image[0].numel() // 2**16] for image in images]
     pixels = torch.cat(pixels, 1)
     return images[0].dtype, pixels.mean(1).tolist(), pixels.std(1).tolist()
@@ -216,25 +210,6 @@ def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
     return dtype
 
 
-# --------------------------------------------------------------------------------------------------
-# Model
-# --------------------------------------------------------------------------------------------------
-
-
-def sincos_positions(D: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D positions of MAE's public weights, (1 + h * w) x D; zeros for the class token.
-
-    The first half of the features tells the column, the second the row. Each half is sin, then cos, of the
-    number times 10000^(-i / (D / 4)), i from 0 to D / 4 - 1.
-    """
-    h, w = grid
-    omega = 10000 ** (-torch.arange(D // 4, dtype=torch.float64) / (D / 4))
-    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    angles = [number.reshape(-1, 1) * omega for number in (column, row)]  # h*w x D/4 each
-    positions = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)
-    return torch.cat([torch.zeros(1, D), positions.float()])
-
-
 def kept_patches(N: int, mask_ratio: float) -> int:
     """How many of N patches are kept, int(N * (1 - mask_ratio)); 10 * (1 - .9) is .999... and means 1."""
     return int(round(N * (1 - mask_ratio), 6))
@@ -252,6 +227,25 @@ def random_masking(B: int, N: int, mask_ratio: float,
     ids_shuffle = torch.rand(B, N, generator=generator).argsort(1)
     ids_restore = ids_shuffle.argsort(1)
     return ids_shuffle[:, :n], ids_restore, (ids_restore >= n).float()
+
+
+# --------------------------------------------------------------------------------------------------
+# Model
+# --------------------------------------------------------------------------------------------------
+
+
+def sincos_positions(D: int, grid: tuple[int, int]) -> Tensor:
+    """Fixed 2-D positions of MAE's public weights, (1 + h * w) x D; zeros for the class token.
+
+    The first half of the features tells the column, the second the row. Each half is sin, then cos, of the
+    number times 10000^(-i / (D / 4)), i from 0 to D / 4 - 1.
+    """
+    h, w = grid
+    omega = 10000 ** (-torch.arange(D // 4, dtype=torch.float64) / (D / 4))
+    row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+    angles = [number.reshape(-1, 1) * omega for number in (column, row)]  # h*w x D/4 each
+    positions = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)
+    return torch.cat([torch.zeros(1, D), positions.float()])
 
 
 def patchify(images: Tensor, p: int) -> Tensor:
@@ -457,12 +451,6 @@ def mae_loss(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def feature_std(features: Tensor) -> Tensor:
-    """Standard deviation of unit features N x D, times sqrt(D): near 1 healthy, near 0 collapsed."""
-    return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
-
-
 def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer: torch.optim.Optimizer,
                     scaler: torch.amp.GradScaler, schedule: Callable[[int], dict[str, float]],
                     args: argparse.Namespace, process: Process, meter: common.Meter,
@@ -479,13 +467,12 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
         args: the flags.
         process: this one.
         meter: collects what the log shows.
-        after_step: given the number of steps done, values to log and a function that draws reconstructions
-            into a file, logs, saves, and says whether to stop.
+        after_step: after_step(steps done, values, draw) logs and saves when due, and says whether to stop;
+            draw() writes reconstruction.png.
     """
     network = model.module if isinstance(model, DistributedDataParallel) else model
     p, grid = network.backbone.patch_embed.patch_size[0], network.backbone.patch_embed.grid_size
-    amp_dtype = common.autocast_dtype(args.amp, process.device)
-    autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    autocast = common.autocast(args.amp, process.device)
 
     for step in steps:
         now = schedule(step)
@@ -515,7 +502,7 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
             # What it would cost to paint each hidden patch in its own mean; about 1 with norm_pix_loss.
             flat_loss = mae_loss(target.mean(-1, keepdim=True), target, mask)
             figures.append({"loss": loss.detach(), "flat_loss": flat_loss,
-                            "feature_std": feature_std(features.detach())})
+                            "feature_std": common.feature_std(features.detach())})
 
         grad_norm = common.grad_norm(network, optimizer, scaler)
         scaler.step(optimizer)
@@ -599,14 +586,15 @@ def main() -> None:
     # Network: resumed, or started, from --init or from nothing
     network = build_network(args)
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
-    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
+    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS)
     if saved:
         init = [f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)]
     else:
         init = load_init(network, args) if args.init else ["from nothing: plain MAE"]
     network.to(process.device)
-    optimizer = timm.optim.create_optimizer_v2(common.param_groups(network), opt="adamw", lr=args.lr,
-                                               weight_decay=args.weight_decay, betas=(0.9, 0.95))
+    optimizer = timm.optim.create_optimizer_v2(
+        common.param_groups(network), lr=args.lr, weight_decay=args.weight_decay, betas=(0.9, 0.95),
+        opt="adamw", fused=True)  # one kernel for all tensors
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
     stateful = {"model": network, "optimizer": optimizer, "scaler": scaler}
     start_step = saved["step"] if saved else 0
@@ -625,8 +613,7 @@ def main() -> None:
 
     vit = network.backbone
     grid, p = vit.patch_embed.grid_size, vit.patch_embed.patch_size[0]
-    height, width = (side * p for side in grid)
-    dataset = CropDataset(paths, (height, width), args.in_chans, dtype, args.seed)
+    dataset = CropDataset(paths, tuple(args.img_size), args.in_chans, dtype, args.seed)
     sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
                                  start_step, end_step)
     loader = common.build_loader(dataset, sampler, args.num_workers, process.device)
@@ -649,7 +636,7 @@ def main() -> None:
         derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
     log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
-                        advice="Try a lower --lr or longer --warmup_epochs")
+                        advice="Try a lower --lr or more --warmup_epochs")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:
@@ -657,7 +644,7 @@ def main() -> None:
         if process.is_main:
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.export_backbone(vit, out / "backbone", (height, width), args.mean, args.std)
+            common.export_backbone(vit, out / "backbone", tuple(args.img_size), args.mean, args.std)
             common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
         saved_at = time.monotonic()
 
@@ -674,7 +661,7 @@ def main() -> None:
             save(step)
             meter.restart()
         log.advance()
-        return stopping
+        return stopping and step < end_step
 
     batches, stopped = iter(loader), False
     for epoch in range(start_step // steps_per_epoch, math.ceil(end_step / steps_per_epoch)):

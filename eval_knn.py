@@ -181,12 +181,12 @@ def extract_features(backbone: nn.Module, dataset: torch.utils.data.Dataset, mea
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=mine, num_workers=common.worker_count(args.num_workers),
         pin_memory=process.device.type == "cuda")
-    amp_dtype = common.autocast_dtype(args.amp, process.device)
+    autocast = common.autocast(args.amp, process.device)
     features, labels, unreadable = [], [], []
     quiet = not (process.is_main and sys.stderr.isatty())
     for images, label, message in tqdm(loader, "features", leave=False, disable=quiet):
         x = common.normalize(images.to(process.device, non_blocking=True), mean, std)
-        with torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None):
+        with autocast:
             features.append(backbone(x).float().cpu())
         labels.append(label)
         unreadable += filter(None, message)

@@ -494,8 +494,7 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
     sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
                                  start_step, end_step)
     batches = iter(common.build_loader(dataset, sampler, args.num_workers, process.device))
-    amp_dtype = common.autocast_dtype(args.amp, process.device)
-    autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    autocast = common.autocast(args.amp, process.device)
     base_lr, warmup_steps = args.lr * effective_batch / 256, round(args.warmup_epochs * steps_per_epoch)
     header = {"argv": sys.argv, "versions": common.versions(), "device": common.device_name(process.device),
               "processes": process.world_size, "images": len(train), "effective_batch": effective_batch,

@@ -19,21 +19,23 @@ it again with pairs that are pushed apart and with negatives that are blends of 
 
     symbol       variable         flag (default)            what
     B            B                batch_size_per_gpu (128)  images per process and micro-batch
-    S, R         S                mhcl                      scales 4, rows 8; with --no-mhcl both 1
-    C            -                moco_dim (128)            width of queries and keys
+    S            S                mhcl                      scales: 4; with --no-mhcl 1
+    R            -                -                         rows of the loss: scales, hard features: 8; or 1
+    C            moco_dim         moco_dim (128)            width of queries and keys
     K            K                moco_k (65536)            length of the queue
     q, k         q, k             -                         queries and keys, unit vectors
     q^, k^       hard_q, hard_k   -                         hard positives: extrapolated pairs
-    lambda       lam              a (1), b (.1)             how far pairs are pushed apart, of Beta(a, b)
-    mu           mu               a (1), b (.1)             share of a negative in its blend, of Beta(a, b)
+    lambda       lam              a (1), b (.1)             how far pairs are pushed apart; Beta(a, b)
+    mu           mu               a (1), b (.1)             share of a negative in its blend; Beta(a, b)
     pi           permutation      -                         which negative blends with which
     tau          moco_t           moco_t (.2)               temperature of the softmax
-    m            -                moco_m (.99)              momentum of the key encoder
+    m            moco_m           moco_m (.99)              momentum of the key encoder
 
-The queue takes R x C x K floats, 268 MB with the defaults (8 x 128 x 65,536), and is never copied: logits are
-linear in the negatives, so it is the R x B x K logits that are blended. Choose K by the data: in a queue of
-half an epoch one query in eight meets an older key of its own image as a negative, in one of an epoch every
-other. So take half the images at most (2,100 images: 1024).
+lambda and mu are drawn once per step and scale, pi once per step. Scales and their hard features have queues
+of their own, R x C x K floats, 268 MB with the defaults (8 x 128 x 65,536), which are never copied: logits
+are linear in the negatives, so it is the S x B x K logits that are blended. Choose K by the data. With a
+queue of half an epoch, one query in eight meets an older key of its own image as a negative; with one of a
+whole epoch, one in two. So make K at most half the number of images (2,100 images: 1024).
 
 BatchNorm's statistics tell which images a batch holds, and a query could find its key by them. So, as in
 MoCo, keys are normalised in other company than their queries: the key views of all processes are shuffled,
@@ -48,7 +50,8 @@ Differs from the authors' code:
 - no weight decay on biases and norm weights;
 - workers crop, resize and flip in uint8 with antialiasing; colour follows on the device, batch by batch;
 - stage 4 gives the backbone's own pooled features: of Swin and ConvNeXt those after the last norm;
-- queue, position and draws are saved: a resumed run repeats the unbroken one.
+- the queue is saved; order, crops and draws follow from seed and step: a resumed run repeats the unbroken
+  one.
 
 In OUT: checkpoint.pth, backbone/ (the query encoder's, for timm), log.jsonl, views.png.
 """
@@ -75,18 +78,13 @@ from torchvision.transforms.v2.functional import resized_crop
 import common
 from common import Process
 
-# Flags that may change between a run and its continuation. All others make the method.
-FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
-              "accum_steps", "bn_groups", "output_dir", "device", "amp", "compile", "save_every",
-              "save_minutes", "log_every", "max_steps"}  # the effective batch, not its parts, has to stay
-
 # --------------------------------------------------------------------------------------------------
 # Flags
 # --------------------------------------------------------------------------------------------------
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """All flags; the defaults are those of the authors' README."""
+    """All flags; the defaults are the authors', of their README."""
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     yes_no = argparse.BooleanOptionalAction
@@ -116,13 +114,14 @@ def get_parser() -> argparse.ArgumentParser:
     add("--moco_m", type=float, default=0.99, help="momentum of the key encoder; .999 for long runs of MoCo")
     add("--moco_t", type=float, default=0.2, help="tau; .07 for MoCo v1; lower: nearest negatives count more")
     add("--a", type=float, default=1.0, help="lambda and mu are drawn from Beta(a, b), of mean a / (a + b); "
-        "the authors' values for other data are in the README")
-    add("--b", type=float, default=0.1, help="more: pairs pushed apart less, negatives blended more")
+        "the authors' values for other data are in our README")
+    add("--b", type=float, default=0.1, help="more: lambda and mu are smaller, so pairs are pushed apart "
+        "less, and a negative's partner weighs more")
     add("--bn_groups", type=int, help="cut the batch into so many parts for BatchNorm; none: parts of about "
         "32 images, at least 2, if there is one process, and no cut if there are several")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=800, help="length of the cosine; small data needs more")
+    add("--epochs", type=int, default=800, help="length of all schedules; small data needs more")
     add("--batch_size_per_gpu", type=int, default=128, help="images per process and micro-batch")
     add("--accum_steps", type=int, default=1, help="micro-batches per optimizer step, where memory is small")
     add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw: for Swin and ConvNeXt")
@@ -152,7 +151,7 @@ def check_args(args: argparse.Namespace) -> None:
     positive = ("img_size moco_dim moco_k moco_t a b bn_groups epochs batch_size_per_gpu accum_steps lr "
                 "save_every log_every max_steps std")
     not_negative = "num_workers warmup_epochs weight_decay save_minutes seed"
-    common.check_range(args, positive.split(), not_negative.split(), ["moco_m"], finite=["mean"])
+    common.check_range(args, positive.split(), not_negative.split(), unit=["moco_m"], finite=["mean"])
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     if not args.cos and not all(0 < epoch < args.epochs for epoch in args.schedule):
@@ -180,17 +179,16 @@ class PairDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> list[Tensor]:
         """Returns the query's and the key's view, uint8 3 x img_size x img_size."""
-        epoch, index = key
+        epoch, index = item
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
         image = common.read_image(self.paths[index])
         return [self._crop(image), self._crop(image)]
 
     def _crop(self, image: Tensor) -> Tensor:
-        top, left, height, width = RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))
-        size, bilinear = [self.img_size] * 2, InterpolationMode.BILINEAR
-        crop = resized_crop(image, top, left, height, width, size, bilinear)
+        box = RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))  # top, left, height, width
+        crop = resized_crop(image, *box, [self.img_size] * 2, InterpolationMode.BILINEAR)
         return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
@@ -205,7 +203,7 @@ def color_views(crops: Tensor, aug_plus: bool, mean: Sequence[float], std: Seque
         std: of RGB in [0, 1].
         generator: on the CPU.
     """
-    x, N = crops.float() / 255, len(crops)
+    x, N = common.to_float(crops), len(crops)
     gray = common.bernoulli(torch.full((N,), 0.2), generator)
     if aug_plus:
         jitter = common.draw_color_jitter((0.4, 0.4, 0.4, 0.1), torch.full((N,), 0.8), generator)
@@ -255,9 +253,9 @@ class Encoder(nn.Module):
         BatchNorm sees one of `bn_groups` parts of the batch at a time.
         """
         S = len(self.projectors)
-        parts = [pooled_stages(self.backbone, part, S) for part in images.chunk(bn_groups)]
-        pooled = [torch.cat(scale) for scale in zip(*parts, strict=True)]
-        x = [projector(scale) for projector, scale in zip(self.projectors, pooled, strict=True)]
+        parts = [pooled_stages(self.backbone, part, S) for part in images.chunk(bn_groups)]  # each S tensors
+        pooled = [torch.cat(scale) for scale in zip(*parts, strict=True)]  # S tensors B x width
+        x = [projector(features) for projector, features in zip(self.projectors, pooled, strict=True)]
         return F.normalize(torch.stack(x, 1).float(), dim=-1), pooled[-1]
 
 
@@ -282,15 +280,16 @@ class Shuffle:
     def __init__(self, B: int, seed: int, process: Process):
         self.process, generator = process, torch.Generator().manual_seed(seed)
         order = torch.randperm(B * process.world_size, generator=generator)
+        # Rows of all processes' batch that this process encodes; where its own rows went.
         self.taken = order.chunk(process.world_size)[process.rank].to(process.device)
         self.own = order.argsort().chunk(process.world_size)[process.rank].to(process.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The rows B x ... of this process -> B others."""
+        """This process's rows B x ... -> the B rows, of all processes, that it encodes."""
         return gather(x, self.process)[self.taken]
 
     def undo(self, x: Tensor) -> Tensor:
-        """What was made of those -> what was made, elsewhere, of this process's own."""
+        """Results for the rows it encoded -> those for its own rows, in their order."""
         return gather(x, self.process)[self.own]
 
 
@@ -306,7 +305,7 @@ def draw_hard(seed: int, a: float, b: float, S: int, K: int) -> tuple[Tensor, Te
     """What a step's hard features are made with; drawn on the CPU, so the same in all processes.
 
     Returns:
-        lambda (S,) and mu (S,), from Beta(a, b); pi (K,), a permutation of the queue.
+        lambda (S,) and mu (S,), from Beta(a, b); pi (K,), a permutation of the queue for all scales.
     """
     torch.default_generator.manual_seed(seed)  # Beta takes no generator
     lam, mu = torch.distributions.Beta(a, b).sample((2, S))
@@ -315,6 +314,8 @@ def draw_hard(seed: int, a: float, b: float, S: int, K: int) -> tuple[Tensor, Te
 
 def extrapolate(q: Tensor, k: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Hard positives: each pair pushed apart on its own line, and not normalised again.
+
+    q^ k^ = (1 + 2 lambda + 2 lambda^2) q k - 2 lambda (1 + lambda): 1 where q = k, less elsewhere.
 
     Args:
         q: B x S x C queries, unit vectors; their gradient flows through both results.
@@ -329,7 +330,9 @@ def extrapolate(q: Tensor, k: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def interpolate(l_neg: Tensor, mu: Tensor, permutation: Tensor) -> Tensor:
-    """Hard negatives: logits against mu n + (1 - mu) n_pi, from those against n, which is exactly the same.
+    """Hard negatives: logits against the blends mu n + (1 - mu) n_pi, from the logits against n.
+
+    Logits are linear in n, so this is exactly the same, and needs no blended queue.
 
     Args:
         l_neg: S x B x K logits.
@@ -341,14 +344,14 @@ def interpolate(l_neg: Tensor, mu: Tensor, permutation: Tensor) -> Tensor:
 
 
 def info_nce(l_pos: Tensor, l_neg: Tensor) -> Tensor:
-    """Cross-entropy of [l_pos, l_neg] with label 0, R x B; the two (R x B, R x B x K) are never joined."""
+    """Cross-entropy of [l_pos, l_neg] with label 0, S x B; joining S x B and S x B x K would copy all."""
     return torch.logaddexp(l_pos, l_neg.logsumexp(-1)) - l_pos
 
 
 class MHCLLoss(nn.Module):
     """InfoNCE of each row against its own queue. Rows are the scales, and then their hard features.
 
-    The queue holds R x C x K floats and is never copied; beside it are the logits, R x B x K.
+    The queues of the hard rows hold earlier k^. Beside the queue, R x C x K, are the logits, R x B x K.
 
     Args:
         weights: R, of the rows: (1,) is MoCo.
@@ -396,6 +399,7 @@ class MHCLLoss(nn.Module):
         with torch.no_grad():
             nearest = torch.einsum("bsc,nsc->sbn", q, k).argmax(-1)  # S x B, among the batch's own keys
             own = torch.arange(len(q), device=q.device)
+            # By scale; of all rows only cross_entropy. batch_top1 does not depend on K and the age of keys.
             figures = {"loss": loss.detach(),
                        "top1": 100 * (l_pos > l_neg.amax(-1)).float().mean(1),
                        "batch_top1": 100 * (nearest == own).float().mean(1),
@@ -418,15 +422,9 @@ class MHCLLoss(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def feature_std(features: Tensor) -> Tensor:
-    """Standard deviation of unit features N x D, times sqrt(D): near 1 healthy, near 0 collapsed."""
-    return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
-
-
 def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encoder_k: Encoder,
                     mhcl_loss: MHCLLoss, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                    schedule: Callable[[int], float], bn_groups: int, args: argparse.Namespace,
+                    schedule: Callable[[int], dict[str, float]], bn_groups: int, args: argparse.Namespace,
                     process: Process, meter: common.Meter, after_step: Callable[[int, dict], bool]) -> bool:
     """Trains the optimizer steps `steps` of one epoch; returns True as soon as the run is to stop.
 
@@ -438,22 +436,21 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
         mhcl_loss: holds the queue.
         optimizer: two parameter groups, with and without weight decay.
         scaler: for fp16; else it does nothing.
-        schedule: step -> learning rate.
+        schedule: step -> lr.
         bn_groups: parts of the batch that BatchNorm sees one by one.
         args: the flags.
         process: this one.
         meter: collects what the log shows.
-        after_step: given the number of steps done and values to log, logs, saves, says whether to stop.
+        after_step: after_step(steps done, values) logs and saves when due, and says whether to stop.
     """
     network = encoder_q.module if isinstance(encoder_q, DistributedDataParallel) else encoder_q
     S = len(network.projectors)
-    amp_dtype = common.autocast_dtype(args.amp, process.device)
-    autocast = torch.autocast(process.device.type, dtype=amp_dtype, enabled=amp_dtype is not None)
+    autocast = common.autocast(args.amp, process.device)
 
     for step in steps:
-        lr = schedule(step)
+        now = schedule(step)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = now["lr"]
         generator = torch.Generator().manual_seed(common.stream_seed(args.seed, "colour", step, process.rank))
         keys, figures, draws = [], [], None
         if args.mhcl:
@@ -462,11 +459,13 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
 
         for micro in range(args.accum_steps):
             crops_q, crops_k = (x.to(process.device, non_blocking=True) for x in meter.fetch(batches))
-            if process.is_main and step == 0 and micro == 0:
-                save_views(crops_q[:8], crops_k[:8], args)
             shuffle = Shuffle(len(crops_k), common.stream_seed(args.seed, "shuffle", step, micro), process)
             views_q = color_views(crops_q, args.aug_plus, args.mean, args.std, generator)
             views_k = color_views(shuffle(crops_k), args.aug_plus, args.mean, args.std, generator)
+            if step == 0 and micro == 0:
+                own_views_k = shuffle.undo(views_k)  # all processes take part
+                if process.is_main:
+                    save_views(views_q, own_views_k, args)
             with torch.no_grad(), autocast:
                 k = shuffle.undo(encoder_k(views_k, bn_groups)[0])  # B x S x C
 
@@ -475,12 +474,13 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
             with encoder_q.no_sync() if waits else nullcontext():
                 with autocast:
                     q, features = encoder_q(views_q, bn_groups)  # B x S x C, B x D
-                loss, new_keys, terms = mhcl_loss(q, k, draws)
+                loss, new_keys, parts = mhcl_loss(q, k, draws)
                 scaler.scale(loss / args.accum_steps).backward()
             keys.append(gather(new_keys, process))
-            figures.append({**terms, "feature_std": feature_std(features.detach())})
+            figures.append({**parts, "feature_std": common.feature_std(features.detach())})
 
-        # Query encoder by gradient, then the key encoder follows, then the keys enter the queue.
+        # Query encoder by gradient, then the key encoder follows (in MoCo just before the next keys, which is
+        # the same), then the keys enter the queue.
         grad_norm = common.grad_norm(network, optimizer, scaler)
         scaler.step(optimizer)
         scaler.update()
@@ -490,16 +490,14 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
 
         terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
         meter.end_step({**terms, "grad_norm": grad_norm})
-        if after_step(step + 1, {"lr": lr}):
+        if after_step(step + 1, now):
             return True
     return False
 
 
-def save_views(crops_q: Tensor, crops_k: Tensor, args: argparse.Namespace) -> None:
-    """Draws a row for each image: its view for the query, and that for the key, coloured like all others."""
-    generator = torch.Generator().manual_seed(args.seed)
-    views = color_views(torch.cat([crops_q, crops_k]), args.aug_plus, args.mean, args.std, generator)
-    rows = list(zip(*views.chunk(2), strict=True))
+def save_views(views_q: Tensor, views_k: Tensor, args: argparse.Namespace) -> None:
+    """Draws a row for each of up to 8 images: its view for the query, and that for the key."""
+    rows = list(zip(views_q[:8], views_k[:8], strict=True))
     common.save_grid(Path(args.output_dir) / "views.png", rows, args.mean, args.std)
 
 
@@ -542,7 +540,7 @@ def batchnorm_groups(encoder: nn.Module, args: argparse.Namespace, process: Proc
         return 1
     B, groups = args.batch_size_per_gpu, args.bn_groups or 1
     if process.world_size == 1 and not args.bn_groups:
-        # The most equal parts of 32 images (MoCo's GPUs had 32 each) or more; smaller ones only to have two.
+        # As many equal parts as have 32 images or more each, as MoCo's GPUs had; else two.
         groups = next((n for n in range(max(2, B // 32), 1, -1) if B % n == 0), 2)
     if B % groups or B < 2 * groups:
         common.fail(f"--batch_size_per_gpu {B}: must be cut into {groups} equal parts of 2 images or more "
@@ -569,33 +567,38 @@ def main() -> None:
         common.fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
                     f"{effective_batch}, is larger than the data, {len(paths)}")
     if args.moco_k % effective_batch:
-        common.fail(f"--moco_k {args.moco_k}: must be a multiple of the effective batch, {effective_batch}")
+        nearest = max(1, args.moco_k // effective_batch) * effective_batch
+        common.fail(f"--moco_k {args.moco_k}: must be a multiple of the effective batch, {effective_batch}, "
+                    f"such as {nearest}")
     total_steps = args.epochs * steps_per_epoch
     end_step = min(total_steps, args.max_steps or total_steps)
 
     # Networks and state: resumed, or started, and then the key encoder starts as the query encoder
-    encoder_q, encoder_k = build_encoders(args)
-    bn_groups = batchnorm_groups(encoder_q, args, process)
+    network, encoder_k = build_encoders(args)
+    bn_groups = batchnorm_groups(network, args, process)
     weights = (*WEIGHTS, *HARD_WEIGHTS) if args.mhcl else (1.0,)
     mhcl_loss = MHCLLoss(weights, args.moco_dim, args.moco_k, args.moco_t).to(process.device)
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
-    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
-    if args.init and not saved:
+    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS | {"bn_groups"})
+    if saved:
+        init = f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)
+    elif args.init:
         state, _ = common.read_weights(args.init, args.checkpoint_key, "--init")
-        report = common.load_backbone(encoder_q.backbone, state, f"--init {args.init}", args.allow_partial)
-        if process.is_main:
-            print(report)
-    encoder_k.load_state_dict(encoder_q.state_dict())
-    for model in (encoder_q, encoder_k):
+        init = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
+    else:
+        init = "from nothing"
+    encoder_k.load_state_dict(network.state_dict())
+    for model in (network, encoder_k):
         model.to(process.device)
         if process.device.type == "cuda" and not hasattr(model.backbone, "patch_embed"):
             model.to(memory_format=torch.channels_last)
+    fused = {"fused": True} if args.optimizer == "adamw" else {}  # one kernel for all tensors
     optimizer = timm.optim.create_optimizer_v2(
-        common.param_groups(encoder_q), lr=args.lr, weight_decay=args.weight_decay, momentum=0.9,
+        common.param_groups(network), lr=args.lr, weight_decay=args.weight_decay, momentum=0.9,
         opt="momentum" if args.optimizer == "sgd" else args.optimizer,  # timm's "sgd" would be Nesterov's
-        **({"fused": True} if args.optimizer == "adamw" else {}))
+        **fused)
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
-    stateful = {"encoder_q": encoder_q, "encoder_k": encoder_k, "mhcl_loss": mhcl_loss,
+    stateful = {"encoder_q": network, "encoder_k": encoder_k, "mhcl_loss": mhcl_loss,
                 "optimizer": optimizer, "scaler": scaler}
     start_step = saved["step"] if saved else 0
     common.check_alike(process, images=len(paths), start_step=start_step)
@@ -605,41 +608,42 @@ def main() -> None:
             part.load_state_dict(saved[name])
     del saved
     if args.compile:
-        for model in (encoder_q, encoder_k):
+        for model in (network, encoder_k):
             model.compile()
-    query_encoder = encoder_q
+    encoder_q = network
     if process.world_size > 1:
         device_ids = [process.device.index] if process.device.type == "cuda" else None
-        query_encoder = DistributedDataParallel(encoder_q, device_ids=device_ids)
+        encoder_q = DistributedDataParallel(network, device_ids=device_ids)
 
     dataset = PairDataset(paths, args.img_size, args.seed)
     sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
                                  start_step, end_step)
     loader = common.build_loader(dataset, sampler, args.num_workers, process.device)
     lr = args.lr * effective_batch / 256
-    warmup_steps = round(args.warmup_epochs * steps_per_epoch)
 
-    def schedule(step: int) -> float:
-        if args.cos:
-            return common.cosine_schedule(lr, 0.0, step, total_steps, warmup_steps)
-        warmup = min(1.0, step / warmup_steps) if warmup_steps else 1.0
-        return lr * warmup * 0.1 ** sum(step >= epoch * steps_per_epoch for epoch in args.schedule)
+    def schedule(step: int) -> dict[str, float]:
+        warmup_steps = round(args.warmup_epochs * steps_per_epoch)
+        rate = common.cosine_schedule(lr, 0.0 if args.cos else lr, step, total_steps, warmup_steps)
+        drops = 0 if args.cos else sum(step >= epoch * steps_per_epoch for epoch in args.schedule)
+        return {"lr": rate * 0.1**drops}
 
     versions = common.versions()
-    header = {"argv": sys.argv, "versions": versions, "device": common.device_name(process.device),
+    header = {"argv": sys.argv, "versions": versions, "init": init,
+              "device": common.device_name(process.device),
               "processes": process.world_size, "images": len(paths), "effective_batch": effective_batch,
               "scaled_lr": lr, "steps_per_epoch": steps_per_epoch, "steps": total_steps,
               "from_step": start_step, "to_step": end_step, "bn_groups": bn_groups,
               "queue_epochs": args.moco_k / (steps_per_epoch * effective_batch),
               "chance_cross_entropy": math.log(args.moco_k + 1)}
     if process.is_main:
-        derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
+        print(init)
+        derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
         if args.moco_k > len(paths) / 2:
             print(f"warning: --moco_k {args.moco_k}: more than half of the {len(paths)} images; the queue "
                   "often holds an older key of the query's own image, as a negative", file=sys.stderr)
     log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
-                        advice="Try a lower --lr, --warmup_epochs, or a larger --moco_m")
+                        advice="Try a lower --lr, more --warmup_epochs, or a larger --moco_m")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:
@@ -647,7 +651,7 @@ def main() -> None:
         if process.is_main:
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.export_backbone(encoder_q.backbone, out / "backbone", args.img_size, args.mean, args.std)
+            common.export_backbone(network.backbone, out / "backbone", args.img_size, args.mean, args.std)
             common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
         saved_at = time.monotonic()
 
@@ -662,12 +666,12 @@ def main() -> None:
             save(step)
             meter.restart()
         log.advance()
-        return stopping
+        return stopping and step < end_step
 
     batches, stopped = iter(loader), False
     for epoch in range(start_step // steps_per_epoch, math.ceil(end_step / steps_per_epoch)):
         steps = range(max(start_step, epoch * steps_per_epoch), min(end_step, (epoch + 1) * steps_per_epoch))
-        stopped = train_one_epoch(steps, batches, query_encoder, encoder_k, mhcl_loss, optimizer, scaler,
+        stopped = train_one_epoch(steps, batches, encoder_q, encoder_k, mhcl_loss, optimizer, scaler,
                                   schedule, bn_groups, args, process, meter, after_step)
         if stopped:
             break

@@ -21,7 +21,8 @@ BASES = {
     "dino_mc.py": "--arch resnet18 --local_crops_number 2 --out_dim 4096",
     "mhcl.py": "--arch resnet18 --moco_k 4096",
     "cmid.py": "--arch resnet18 --moco_k 4096 --mask_patch_size 16",
-    "dspt_mae.py": "--arch vit_tiny_patch16_224 --patch_size 8",
+    "dspt_mae.py": """--arch vit_tiny_patch16_224 --patch_size 8 --decoder_dim 128 --decoder_depth 2
+        --decoder_heads 4""",
 }
 GROWS = [
     ("dino_mc.py", "batch_size_per_gpu", (8, 16, 32, 64)),
@@ -51,9 +52,11 @@ def measure(script: str, flags: list[str]) -> tuple[float, float, float]:
 def main() -> None:
     """A row for each value."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True, help="at least 500 images")
-    data = ["--data_path", str(Path(parser.parse_args().data_path).resolve())]
-    for script, flag, values in GROWS:
+    parser.add_argument("--data_path", required=True, help="at least 500 images of 96 px or more")
+    parser.add_argument("--scripts", choices=BASES, nargs="+", default=list(BASES), help="these alone")
+    args = parser.parse_args()
+    data = ["--data_path", str(Path(args.data_path).resolve())]
+    for script, flag, values in (row for row in GROWS if row[0] in args.scripts):
         for value in values:
             flags = [*data, *SHORT.split(), *BASES[script].split(), f"--{flag}", str(value)]
             seconds, waited, memory = measure(script, flags)

@@ -586,11 +586,6 @@ def test_batch_top1_counts_the_queries_that_find_their_own_key():
     assert cmid.batch_top1(q, k).item() == pytest.approx(60)
 
 
-def test_feature_std_is_0_when_collapsed_and_near_1_for_random_features():
-    assert cmid.feature_std(torch.ones(8, 32)) == pytest.approx(0, abs=1e-6)
-    assert cmid.feature_std(torch.randn(5000, 32)).item() == pytest.approx(1, abs=0.02)
-
-
 def test_hidden_blocks_of_a_few_images_are_learned_by_heart(scenes):
     """Far better than blocks of the right mean colour: positions, blocks and pixels are where they belong."""
     flags = (

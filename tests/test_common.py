@@ -420,6 +420,11 @@ def test_truncated_checkpoint_is_reported(tmp_path):
 # ------------------------------------------------------------------ optimisation
 
 
+def test_feature_std_is_0_when_collapsed_and_near_1_for_random_features():
+    assert common.feature_std(torch.ones(8, 32)) == pytest.approx(0, abs=1e-6)
+    assert common.feature_std(torch.randn(5000, 32)).item() == pytest.approx(1, abs=0.02)
+
+
 def test_cosine_schedule():
     values = [common.cosine_schedule(2.0, 0.5, step, 10, warmup_steps=4) for step in range(11)]
     assert values[:4] == [0, 0.5, 1, 1.5]

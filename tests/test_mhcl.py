@@ -143,8 +143,6 @@ def test_a_collapsed_encoder_scores_no_top1():
     loss.queue.copy_(same[0, 0].view(1, 6, 1).expand(1, 6, 12))
     value, _, figures = loss(same, same, None)
     assert figures["top1"] == 0 and value.item() == pytest.approx(math.log(13))
-    assert mhcl.feature_std(torch.ones(8, 32)) == pytest.approx(0, abs=1e-6)
-    assert mhcl.feature_std(torch.randn(5000, 32)).item() == pytest.approx(1, abs=0.02)
 
 
 def test_draws_follow_the_seed_alone_and_the_beta_distribution():
@@ -348,7 +346,7 @@ def setup_step(script_flags=()):
 
 
 def schedule(step):
-    return 0.05 * step
+    return {"lr": 0.05 * step}
 
 
 def plain_views(crops, aug_plus, mean, std, generator):
@@ -403,7 +401,7 @@ def naive_training(flags=()):
             for name, p in parameters.items():
                 decay = 0.1 if p.ndim > 1 and not name.endswith("bias") else 0.0
                 momenta[name] = 0.9 * momenta[name] + p.grad + decay * p
-                p.sub_(schedule(step) * momenta[name])
+                p.sub_(schedule(step)["lr"] * momenta[name])
             for p_k, p_q in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
                 p_k.copy_(args.moco_m * p_k + (1 - args.moco_m) * p_q)
             for key in keys:

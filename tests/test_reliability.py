@@ -247,7 +247,7 @@ def test_full_disk_ends_the_run_in_words_and_the_old_checkpoint_stays(scenes, tm
     codes, text = Run(tmp_path, *flags, prepare=(limit_files, len(before) // 2)).wait()
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert codes == [1] and len(errors) == 1 and "Traceback" not in text, text
-    assert "checkpoint.pth: cannot be written: [Errno 27] File too large; what was written before stays" in errors[0]
+    assert "checkpoint.pth: cannot be written: [Errno 27] File too large; what was written" in errors[0]
     assert (tmp_path / "checkpoint.pth").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     Run(tmp_path, *flags).finish()
 
