@@ -406,7 +406,7 @@ def apply_where(where: Tensor, function: Callable, images: Tensor, *parameters: 
     if len(index):
         chosen = [parameter[index].to(images.device, non_blocking=True) for parameter in parameters]
         index = index.to(images.device, non_blocking=True)
-        images[index] = function(images[index], *chosen)
+        images[index] = function(images.index_select(0, index), *chosen)
     return images
 
 
@@ -439,11 +439,12 @@ def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     """Turns the hue by `shift` (n,) in [-.5, .5] turns, keeping HSV's saturation and value."""
-    value, chroma = images.amax(1), images.amax(1) - images.amin(1)
     r, g, b = images.unbind(1)
-    divisor = chroma.masked_fill(chroma == 0, 1)
-    green_or_blue = torch.where(g == value, (b - r) / divisor + 2, (r - g) / divisor + 4)
-    hue = torch.where(r == value, (g - b) / divisor, green_or_blue)  # in sixths of a turn
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    per_chroma = 1 / chroma.masked_fill(chroma == 0, 1)  # a division costs several products
+    green_or_blue = torch.where(g == value, (b - r) * per_chroma + 2, (r - g) * per_chroma + 4)
+    hue = torch.where(r == value, (g - b) * per_chroma, green_or_blue)  # in sixths of a turn
     hue = hue + 6 * shift.view(-1, 1, 1)
     # HSV to RGB without cases: k = (5, 3, 1) + hue mod 6; value - chroma * clamp(min(k, 4 - k), 0, 1)
     k = (hue.unsqueeze(1) + torch.tensor([5.0, 3.0, 1.0], device=hue.device).view(1, 3, 1, 1)).remainder_(6)
