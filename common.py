@@ -277,7 +277,7 @@ def _read_bands(path: str | Path, in_chans: int) -> np.ndarray:
 
 def to_float(images: Tensor) -> Tensor:
     """8-bit pixels to [0, 1]; float pixels, of read_pixels, stay as they are."""
-    return images.float() / 255 if images.dtype == torch.uint8 else images
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tensor] = read_image) -> None:
@@ -416,15 +416,14 @@ def luma(images: Tensor) -> Tensor:
     return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
 
 
-def blend(images: Tensor, other: Tensor | float, factor: Tensor) -> Tensor:
+def blend(images: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     """Returns other + factor * (images - other), clamped to [0, 1]; `factor` (n,)."""
-    factor = factor.view(-1, 1, 1, 1)
-    return (factor * images + (1 - factor) * other).clamp(0, 1)
+    return other.lerp(images, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
     """Blends with black; `factor` (n,) at least 0."""
-    return blend(images, 0.0, factor)
+    return (images * factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
@@ -445,10 +444,11 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     per_chroma = 1 / chroma.masked_fill(chroma == 0, 1)  # a division costs several products
     green_or_blue = torch.where(g == value, (b - r) * per_chroma + 2, (r - g) * per_chroma + 4)
     hue = torch.where(r == value, (g - b) * per_chroma, green_or_blue)  # in sixths of a turn
-    hue = hue + 6 * shift.view(-1, 1, 1)
+    hue += 6 * shift.view(-1, 1, 1)
     # HSV to RGB without cases: k = (5, 3, 1) + hue mod 6; value - chroma * clamp(min(k, 4 - k), 0, 1)
     k = (hue.unsqueeze(1) + torch.tensor([5.0, 3.0, 1.0], device=hue.device).view(1, 3, 1, 1)).remainder_(6)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp_(0, 1)
+    share = torch.minimum(k, 4 - k).clamp_(0, 1)
+    return torch.addcmul(value.unsqueeze(1), chroma.unsqueeze(1), share, value=-1)
 
 
 ADJUSTMENTS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
@@ -504,7 +504,7 @@ def solarize(images: Tensor, where: Tensor) -> Tensor:
 def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(images - mean) / std per channel."""
     mean, std = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (mean, std))
-    return (images - mean) / std
+    return (images - mean).div_(std)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -113,8 +113,8 @@ def main() -> None:
             crops = [torch.stack(crops) for crops in zip(*samples, strict=True)]
             dino_mc.color_views(crops, VIEWS, MEAN, STD, generator)
 
-        compare(f"worker, {B} images", worker, usual)
-        compare(f"whole augmentation, {B} images", whole, usual)
+        compare(f"worker, {B} images", worker, usual, rounds=15)
+        compare(f"whole augmentation, {B} images", whole, usual, rounds=15)
 
 
 if __name__ == "__main__":

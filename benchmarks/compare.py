@@ -87,7 +87,7 @@ def main() -> None:
     data, other, root = (path.resolve() for path in (args.data_path, args.other_path, args.output_dir))
 
     for seed in args.seeds:
-        for name in [*BASELINES, *args.methods]:
+        for name in [*args.methods, *BASELINES]:
             out = root / f"{name}_{seed}"
             for judge, flags in JUDGES.items():
                 if results(out, judge):
