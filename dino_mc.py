@@ -94,7 +94,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--drop_path", type=float, default=0.1, help="stochastic depth of the student; 0 for short runs")
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
-    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the teacher of ours")
+    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the one its run exports")
     add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
 
     add = parser.add_argument_group("method").add_argument

@@ -72,7 +72,8 @@ def get_parser() -> argparse.ArgumentParser:
         "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
     add("--arch", help="timm name; for a bare state dict, and for random alone")
     add("--patch_size", type=int, help="of a ViT; none: the weights' or the arch's own")
-    add("--checkpoint_key", help="network of a checkpoint to take, such as student; none: teacher")
+    add("--checkpoint_key", help="network of a checkpoint to take, such as student; none: the one "
+        "that is exported")
     add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
 
     add = parser.add_argument_group("method").add_argument

@@ -101,7 +101,7 @@ def get_parser() -> argparse.ArgumentParser:
         "wide_resnet50_2, resnext50_32x4d, swin_tiny_patch4_window7_224, convnext_tiny; with --no-mhcl any")
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
-    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: encoder_q of ours")
+    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the one its run exports")
     add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
 
     add = parser.add_argument_group("method").add_argument

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DINO = """dino_mc.py --arch resnet18 --img_size 64 --local_crops_number 2 --batch_size_per_gpu 32 --epochs 1
     --warmup_epochs .2 --out_dim 4096 --use_bn_in_head --freeze_last_layer 0 --drop_path 0 --lr 8e-3
-    --momentum_teacher .98 --teacher_temp .03 --warmup_teacher_temp .03 --weight_decay_end .1"""
+    --momentum_teacher .98 --teacher_temp .03 --weight_decay_end .1"""
 MOCO = "mhcl.py --arch resnet18 --img_size 64 --epochs 2 --batch_size_per_gpu 32 --moco_k 1024 --lr .12"
 MAE = """dspt_mae.py --arch vit_tiny_patch16_224 --img_size 64 --patch_size 8 --decoder_dim 128
     --decoder_depth 2 --decoder_heads 4 --lr 2e-3"""
