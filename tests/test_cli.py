@@ -12,6 +12,7 @@ import torch
 from conftest import ROOT, TRAINING, launch, tiny
 
 import cmid
+import common
 import dino_mc
 import dspt_mae
 import eval_knn
@@ -405,6 +406,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path, 
     error = capsys.readouterr().err
     assert re.search(r"error: step \d+: not finite: \{'loss': nan", error), error
     assert not (tmp_path / "checkpoint.pth").exists()  # nothing was good yet, and nothing bad is written
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_signal_at_the_last_step_is_too_late_to_stop_anything(train, capsys, monkeypatch, tmp_path, script):
+    monkeypatch.setattr(common, "agree", lambda process, *flags: (True, False))
+    train(tmp_path, "--max_steps", "1", script=script)
+    assert "1 steps done" in capsys.readouterr().out
 
 
 def test_scenes_are_repeatable_and_refuse_bad_counts(tmp_path):

@@ -463,6 +463,29 @@ def test_whole_run_writes_everything(train, tmp_path, flags):
     assert Image.open(tmp_path / "views.png").size == (2 * 34 + 2, 4 * 34 + 2)  # 4 images, 2 views
 
 
+def test_picture_of_views_shows_what_the_encoders_saw(train, tmp_path, monkeypatch):
+    seen, rows = [], []
+    forward, save_grid = mhcl.Encoder.forward, common.save_grid
+
+    def seeing(self, images, *more):
+        seen.append(images)
+        return forward(self, images, *more)
+
+    def saving(path, shown, *more):
+        rows.extend(shown)
+        save_grid(path, shown, *more)
+
+    monkeypatch.setattr(mhcl.Encoder, "forward", seeing)
+    monkeypatch.setattr(common, "save_grid", saving)
+    train(tmp_path, "--max_steps", "1", script="mhcl")
+    keys, queries = seen  # keys in another order, of Shuffle-BN
+    assert len(rows) == 4 and all(
+        torch.equal(row[0], query) for row, query in zip(rows, queries, strict=True)
+    )
+    places = [[torch.equal(row[1], key) for key in keys].index(True) for row in rows]
+    assert sorted(places) == list(range(4))
+
+
 @pytest.mark.parametrize("flags", [[], ["--no-mhcl", "--accum_steps", "2", "--arch", "test_convnext"]])
 def test_resumed_run_equals_the_unbroken_one(train, tmp_path, flags):
     unbroken = train(tmp_path / "a", *flags, "--num_workers", "2", "--max_steps", "8", script="mhcl")
