@@ -670,7 +670,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
                 parts = l_reconstruction, l_global, l_local
                 loss = sum(weight * part for weight, part in zip(args.loss_weights, parts, strict=True))
                 scaler.scale(loss / args.accum_steps).backward()
-            keys.append(gather(k.transpose(0, 1), process))  # by images: any split gives the same queue
+            keys.append(gather(k.transpose(0, 1), process))  # B x 2 x 256: any split, one queue
             branch_means += means / args.accum_steps
             figures.append({"loss": loss.detach(), "reconstruction": l_reconstruction.detach(),
                             "global": l_global.detach(), "local": l_local.detach(),

@@ -441,7 +441,7 @@ def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
     r, g, b = images.unbind(1)
     value = images.amax(1)
     chroma = value - images.amin(1)
-    per_chroma = 1 / chroma.masked_fill(chroma == 0, 1)  # a division costs several products
+    per_chroma = 1 / chroma.masked_fill(chroma < 1e-12, 1)  # a division costs several products
     green_or_blue = torch.where(g == value, (b - r) * per_chroma + 2, (r - g) * per_chroma + 4)
     hue = torch.where(r == value, (g - b) * per_chroma, green_or_blue)  # in sixths of a turn
     hue += 6 * shift.view(-1, 1, 1)

@@ -553,13 +553,14 @@ def save_views(groups: list[Tensor], B: int, args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def group_locations(paths: list[str], mode: str, one_date_per_location: bool) -> list[list[str]]:
+def group_locations(paths: list[str], mode: str, one_date_per_location: bool,
+                    data_path: str) -> list[list[str]]:
     """What a sample draws from: the images of a folder (tp, one_date_per_location), else a single image."""
     if mode != "tp" and not one_date_per_location:
         return [[path] for path in paths]
     locations = [list(dates) for _, dates in groupby(sorted(paths, key=os.path.dirname), key=os.path.dirname)]
     if max(map(len, locations)) == 1:
-        common.fail(f"--data_path {os.path.commonpath(paths)}: every folder has one image; tp and "
+        common.fail(f"--data_path {data_path}: every folder has one image; tp and "
                     "--one_date_per_location want the dates of a place in a folder of its own")
     return locations
 
@@ -604,7 +605,7 @@ def main() -> None:
     # Data
     paths = common.list_images(args.data_path, exclude=out)
     common.check_images(paths, args.img_size)
-    locations = group_locations(paths, args.mode, args.one_date_per_location)
+    locations = group_locations(paths, args.mode, args.one_date_per_location, args.data_path)
     effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
     steps_per_epoch = len(locations) // effective_batch
     if not steps_per_epoch:
@@ -679,7 +680,8 @@ def main() -> None:
         derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
     log = common.RunLog(out, process, end_step, start_step, header, floors={"kl": 0.02, "feature_std": 0.05},
-                        advice="Try a lower --teacher_temp, --lr, more --warmup_epochs, or --use_bn_in_head")
+                        advice="Try a lower --teacher_temp or --lr, more --warmup_epochs or "
+                               "--warmup_teacher_temp_epochs, or --use_bn_in_head")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
     def save(step: int) -> None:

@@ -135,9 +135,11 @@ def check_args(args: argparse.Namespace) -> None:
     positive = ("in_chans patch_size decoder_dim decoder_depth decoder_heads epochs batch_size_per_gpu "
                 "accum_steps lr save_every log_every max_steps std")
     not_negative = "num_workers min_lr warmup_epochs weight_decay save_minutes seed"
-    common.check_range(args, positive.split(), not_negative.split(), unit=["mask_ratio"], finite=["mean"])
+    common.check_range(args, positive.split(), not_negative.split(), finite=["mean"])
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    if not 0 < args.mask_ratio < 1:
+        common.fail(f"--mask_ratio {args.mask_ratio}: must be above 0 and below 1")
     if len(args.img_size) > 2 or min(args.img_size) <= 0:
         common.fail(f"--img_size {' '.join(map(str, args.img_size))}: one side, or height and width, above 0")
     if args.decoder_dim % 4 or args.decoder_dim % args.decoder_heads:

@@ -466,6 +466,7 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
                 own_views_k = shuffle.undo(views_k)  # all processes take part
                 if process.is_main:
                     save_views(views_q, own_views_k, args)
+                del own_views_k
             with torch.no_grad(), autocast:
                 k = shuffle.undo(encoder_k(views_k, bn_groups)[0])  # B x S x C
 

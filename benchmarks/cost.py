@@ -3,7 +3,7 @@
     python benchmarks/cost.py --data_path IMAGES
 
 Runs each script through its command line for 8 steps per value, one run after the other, and prints the
-step_seconds and data_seconds of the last 4 steps from log.jsonl, and the peak memory of the main process.
+step_seconds and data_seconds of the last 4 steps from log.jsonl, and the peak memory of the largest process.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SHORT = """--img_size 64 --batch_size_per_gpu 16 --num_workers 1 --epochs 1 --warmup_epochs 0 --max_steps 8
-    --log_every 4"""
+SHORT = """--img_size 64 --batch_size_per_gpu 16 --num_workers 1 --device cpu --epochs 1 --warmup_epochs 0
+    --max_steps 8 --log_every 4"""
 BASES = {
     "dino_mc.py": "--arch resnet18 --local_crops_number 2 --out_dim 4096",
     "mhcl.py": "--arch resnet18 --moco_k 4096",
@@ -46,13 +46,15 @@ def measure(script: str, flags: list[str]) -> tuple[float, float, float]:
         if status:
             sys.exit(f"failed: {' '.join(command)}")
         last = json.loads((Path(out) / "log.jsonl").read_text().splitlines()[-1])
+    if last["step"] != 8:
+        sys.exit("error: --data_path: must hold 512 images or more")
     return last["step_seconds"], last["data_seconds"], usage.ru_maxrss / 1024
 
 
 def main() -> None:
     """A row for each value."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data_path", required=True, help="at least 500 images of 96 px or more")
+    parser.add_argument("--data_path", required=True, help="at least 512 images of 96 px or more")
     parser.add_argument("--scripts", choices=BASES, nargs="+", default=list(BASES), help="these alone")
     args = parser.parse_args()
     data = ["--data_path", str(Path(args.data_path).resolve())]

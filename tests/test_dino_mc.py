@@ -292,10 +292,10 @@ def test_tp_draws_different_dates_and_repeats_where_there_are_few(tmp_path):
 
 
 def test_one_date_per_location_draws_one_image_of_a_folder_each_epoch(scenes):
-    locations = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", True)
+    locations = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", True, scenes)
     assert len(locations) == 10 and {len(dates) for dates in locations} == {3}
-    assert dino_mc.group_locations(common.list_images(scenes / "locations"), "tp", False) == locations
-    singles = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", False)
+    assert dino_mc.group_locations(common.list_images(scenes / "locations"), "tp", False, scenes) == locations
+    singles = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", False, scenes)
     assert len(singles) == 30 and {len(dates) for dates in singles} == {1}
 
 
