@@ -780,13 +780,7 @@ def main() -> None:
     memory = Memory(args.moco_k, args.local_dim).to(process.device)
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
     saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS)
-    if saved:
-        init = f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)
-    elif args.init:
-        state, _ = common.read_weights(args.init, args.checkpoint_key, "--init")
-        init = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
-    else:
-        init = "from nothing"
+    init = common.init_backbone(network.backbone, args, saved)
     start = network.state_dict()
     branch.load_state_dict({name: start[name] for name in branch.state_dict()})
     for model in (network, branch):

@@ -696,6 +696,16 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
     return report
 
 
+def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | None) -> str:
+    """Fills `backbone` from `--init`, unless the run is resumed from `saved`; says where it starts."""
+    if saved:
+        return f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)
+    if not args.init:
+        return "from nothing"
+    state, _ = read_weights(args.init, args.checkpoint_key, "--init")
+    return load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
+
+
 def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int, int],
                     mean: Sequence[float], std: Sequence[float]) -> None:
     """Writes config.json and model.safetensors for timm.create_model("local-dir:FOLDER", pretrained=True)."""

@@ -581,13 +581,7 @@ def main() -> None:
     mhcl_loss = MHCLLoss(weights, args.moco_dim, args.moco_k, args.moco_t).to(process.device)
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
     saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS | {"bn_groups"})
-    if saved:
-        init = f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)
-    elif args.init:
-        state, _ = common.read_weights(args.init, args.checkpoint_key, "--init")
-        init = common.load_backbone(network.backbone, state, f"--init {args.init}", args.allow_partial)
-    else:
-        init = "from nothing"
+    init = common.init_backbone(network.backbone, args, saved)
     encoder_k.load_state_dict(network.state_dict())
     for model in (network, encoder_k):
         model.to(process.device)

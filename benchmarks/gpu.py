@@ -100,6 +100,13 @@ def measure(script: object, flags: list[str], batch: int, loader: Callable = bui
     return {"images_per_s": batch / seconds, "GB": torch.cuda.max_memory_allocated() / 1e9}
 
 
+def show(label: str, run: dict | None, ours: dict) -> None:
+    """Prints the figures of a run, and how the run as it is compares."""
+    print(f"{label}: out of memory" if run is None else
+          f"{label}: {run['images_per_s']:.0f} images/s, {run['GB']:.1f} GB; as it is runs "
+          f"{ours['images_per_s'] / run['images_per_s']:.2f} times as fast", flush=True)
+
+
 def main() -> None:
     """A line for each run, as soon as it is done."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -119,22 +126,16 @@ def main() -> None:
             flags = [*data, *more.split()]
             while not (ours := measure(script, flags, batch)):
                 batch //= 2
-
-            def show(what: str, run: dict | None, name=name, batch=batch, ours=ours) -> None:
-                figures = "out of memory" if run is None else (
-                    f"{run['images_per_s']:.0f} images/s, {run['GB']:.1f} GB; as it is runs "
-                    f"{ours['images_per_s'] / run['images_per_s']:.2f} times as fast")
-                print(f"{name}, batch {batch}, {what}: {figures}", flush=True)
-
-            show("as it is", ours)
-            show("batches from memory", measure(script, flags, batch, precomputed))
+            label = f"{name}, batch {batch}"
+            show(f"{label}, as it is", ours, ours)
+            show(f"{label}, batches from memory", measure(script, flags, batch, precomputed), ours)
             if name == "DINO-MC ViT-S/16":
                 kept = dino_mc.ViewDataset, dino_mc.color_views
                 dino_mc.ViewDataset, dino_mc.color_views = PILDataset, group_views
-                show("PIL in the workers", measure(script, flags, batch))
+                show(f"{label}, PIL in the workers", measure(script, flags, batch), ours)
                 dino_mc.ViewDataset, dino_mc.color_views = kept
             try:
-                show("--compile", measure(script, [*flags, "--compile"], batch))
+                show(f"{label}, --compile", measure(script, [*flags, "--compile"], batch), ours)
             except Exception as error:  # no compiler on this machine, or the like: the other runs go on
                 print(f"{name}, --compile failed: {str(error).splitlines()[0]}", flush=True)
 
