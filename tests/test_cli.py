@@ -416,18 +416,7 @@ def test_signal_at_the_last_step_is_too_late_to_stop_anything(train, capsys, mon
 
 
 def test_scenes_are_repeatable_and_refuse_bad_counts(tmp_path):
-    flags = [
-        "--train_per_class",
-        "1",
-        "--val_per_class",
-        "1",
-        "--locations",
-        "2",
-        "--dates",
-        "2",
-        "--image_size",
-        "32",
-    ]
+    flags = "--train_per_class 1 --val_per_class 1 --locations 2 --dates 2 --image_size 32".split()
     command = [sys.executable, str(ROOT / "demo" / "scenes.py")]
     for name in ("a", "b"):
         subprocess.run(

@@ -1,9 +1,12 @@
 """Several gloo processes on one machine."""
 
+import atexit
+import gc
 import json
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 import test_cmid
@@ -12,7 +15,7 @@ import test_dspt_mae
 import test_mhcl
 import torch
 import torch.distributed as dist
-from conftest import Run, assert_same_state, free_port, launch, server, tiny, wait_for
+from conftest import TRAINING, Run, assert_same_state, free_port, launch, server, tiny, wait_for
 
 import common
 
@@ -147,6 +150,24 @@ def test_finetuning_gives_its_result_with_two_processes(scenes, tmp_path):
     Run(tmp_path, "eval_linear", *base, processes=2).finish()
     result = json.loads((tmp_path / "results.jsonl").read_text())
     assert 0 <= result["top1"] <= 100 and (tmp_path / "head.pth").exists()
+
+
+TASKS = Path("/proc/self/task")
+
+
+def count_threads_at_exit():
+    gc.disable()  # whether the cycles were collected before would be chance
+    atexit.register(
+        lambda: print("gloo threads", sum("gloo" in path.read_text() for path in TASKS.glob("*/comm")))
+    )
+
+
+@pytest.mark.skipif(not TASKS.exists(), reason="threads are counted as Linux lists them")
+@pytest.mark.parametrize("script", TRAINING)
+def test_threads_of_gloo_end_before_python_does(scenes, tmp_path, script):
+    flags = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny(script, "--max_steps", "1")]
+    text = Run(tmp_path, script, *flags, processes=2, prepare=(count_threads_at_exit,)).finish()
+    assert text.count("gloo threads 0") == 1
 
 
 def test_launched_processes_train(scenes, tmp_path):
