@@ -5,7 +5,7 @@
 DATA_PATH has class folders in train/ and val/; the images in train/ are used without labels. The budget is
 time of one CPU thread: each method does as many epochs as take about as long. DSPT goes on from an MAE of the
 images in OTHER_PATH, whose time comes on top. Judged are the last checkpoints. Started again, this skips what
-is done and goes on with what is not; several may run at once with different --seeds.
+is done and goes on with what is not; several may run at once with different --seeds or --methods.
 """
 
 import argparse
@@ -81,13 +81,14 @@ def main() -> None:
     parser.add_argument("--data_path", type=Path, required=True, help="holds train/ and val/")
     parser.add_argument("--other_path", type=Path, required=True, help="images of another domain, for DSPT")
     parser.add_argument("--output_dir", type=Path, required=True, help="gets a folder for each run")
-    parser.add_argument("--methods", choices=METHODS, nargs="*", default=list(METHODS), help="these alone")
+    parser.add_argument("--methods", choices=[*METHODS, *BASELINES], nargs="+",
+                        default=[*METHODS, *BASELINES], help="these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run with each")
     args = parser.parse_args()
     data, other, root = (path.resolve() for path in (args.data_path, args.other_path, args.output_dir))
 
     for seed in args.seeds:
-        for name in [*args.methods, *BASELINES]:
+        for name in args.methods:
             out = root / f"{name}_{seed}"
             for judge, flags in JUDGES.items():
                 if results(out, judge):
