@@ -160,6 +160,9 @@ def check_args(args: argparse.Namespace) -> None:
                        finite=["mean"])
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    if args.warmup_teacher_temp_epochs > args.epochs:
+        common.fail(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}: must not be more than "
+                    f"--epochs {args.epochs}; 0 for short runs")
     if not any(args.loss_weights):
         common.fail("--loss_weights 0 0 0: leaves nothing to learn from")
     for divisor, name in ((STRIDE, "the last map's stride"), (args.mask_patch_size, "--mask_patch_size")):
@@ -679,7 +682,8 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
                             "feature_std": common.feature_std(pooled.detach())})
 
         # Online encoder by gradient, then the branch follows, then centre and queue.
-        grad_norm = common.grad_norm(network, optimizer, scaler)
+        scaler.unscale_(optimizer)
+        grad_norm = common.grad_norm(network, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -838,7 +842,8 @@ def main() -> None:
         if args.moco_k > len(paths):
             print(f"warning: --moco_k {args.moco_k}: more keys than the {len(paths)} images; the queue often "
                   "holds older keys of the query's own image, as negatives", file=sys.stderr)
-    log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
+    floors = {"feature_std": 0.05} if args.batch_size_per_gpu > 1 else {}  # one image has no spread
+    log = common.RunLog(out, process, end_step, start_step, header, floors,
                         advice="Try a lower --lr, more --warmup_epochs, or a larger --momentum")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 

@@ -709,7 +709,7 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
 def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | None) -> str:
     """Fills `backbone` from `--init`, unless the run is resumed from `saved`; says where it starts."""
     if saved:
-        return f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)
+        return f"resumed at step {saved['step']}{', --init is not read again' if args.init else ''}"
     if not args.init:
         return "from nothing"
     state, _ = read_weights(args.init, args.checkpoint_key, "--init")
@@ -760,12 +760,11 @@ def param_groups(model: nn.Module) -> list[dict]:
 
 
 @torch.no_grad()
-def grad_norm(model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
-    """Norm of the whole gradient, without fp16's scale; may be infinite or NaN although the loss is finite.
+def grad_norm(model: nn.Module, scaler: torch.amp.GradScaler) -> Tensor:
+    """Norm of the whole unscaled gradient; may be infinite or NaN although the loss is finite.
 
     An overflow of fp16 counts as 0: the scaler leaves that step out and takes a smaller scale.
     """
-    scaler.unscale_(optimizer)
     norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
     norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm.nan_to_num(0.0, 0.0, 0.0) if scaler.is_enabled() else norm
@@ -827,7 +826,7 @@ def resume_checkpoint(path: Path, identity: dict, free_flags: set[str]) -> dict 
 
     Args:
         path: checkpoint.pth of the output folder.
-        identity: what the checkpoint would hold now under args, images and effective_batch.
+        identity: what the checkpoint would hold now under args, images and other names: all have to be equal.
         free_flags: flags that may differ between the two runs.
     """
     if not path.exists():
@@ -835,7 +834,7 @@ def resume_checkpoint(path: Path, identity: dict, free_flags: set[str]) -> dict 
     try:
         saved = load_checkpoint(path)
         before, after = {**saved["args"]}, {**identity["args"]}
-        for what in ("images", "effective_batch"):
+        for what in identity.keys() - {"args"}:
             before[what], after[what] = saved[what], identity[what]
     except (ValueError, KeyError, TypeError) as error:
         fail(f"--output_dir: {path} cannot be resumed: {error}")
@@ -939,7 +938,7 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Begins an interval; after a checkpoint, so that its time does not count."""
+        """Begins an interval; after checkpoints and pictures, so that their time does not count."""
         self.terms, self.waited, self.began = [], 0.0, time.perf_counter()
 
     def fetch(self, batches: Iterator) -> object:

@@ -127,7 +127,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--min_lr", type=float, default=1e-6, help="at the end of its cosine; not scaled")
     add("--warmup_epochs", type=float, default=10, help="of the learning rate; less for short runs")
     add("--weight_decay", type=float, default=0.04, help="at the start, not on biases and norms; "
-        "1e-4 with sgd")
+        "with sgd 1e-4, and to its end")
     add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
     add("--clip_grad", type=float, default=3.0, help="greatest norm of each tensor's gradient; 0: off")
 
@@ -154,6 +154,12 @@ def check_args(args: argparse.Namespace) -> None:
                        unit=["momentum_teacher", "drop_path"], finite=["mean"])
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    if args.warmup_teacher_temp_epochs > args.epochs:
+        common.fail(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}: must not be more than "
+                    f"--epochs {args.epochs}; 0 for short runs")
+    if args.freeze_last_layer >= args.epochs:
+        common.fail(f"--freeze_last_layer {args.freeze_last_layer}: must be less than --epochs "
+                    f"{args.epochs}, or the prototypes never learn; 0 for one epoch")
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:
@@ -212,6 +218,9 @@ def local_sizes(mode: str, img_size: int, number: int, sizes: Sequence[int] | No
             result = [size * img_size // 224 // multiple * multiple for size in result]
     if img_size % multiple:
         common.fail(f"--img_size {img_size}: must be a multiple of the patch, {multiple}")
+    if not sizes and result and min(result) < multiple:
+        common.fail(f"--img_size {img_size}: its smallest local crop is under the patch, {multiple}; take a "
+                    "larger --img_size, a smaller --patch_size or less --local_crops_number")
     for size in result:
         if not multiple <= size <= img_size:
             common.fail(f"--local_crops_size {size}: must be between the patch, {multiple}, and --img_size, "
@@ -363,7 +372,7 @@ class Network(nn.Module):
     def forward(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
         """Groups of views N_g x 3 x s x s -> outputs N x K, features N x D, N the sum of N_g.
 
-        The backbone runs once per size, the head once on everything.
+        The backbone runs once per group, the head once on everything.
         """
         features = []
         for x in groups:
@@ -378,9 +387,9 @@ class Network(nn.Module):
 # --------------------------------------------------------------------------------------------------
 
 
-def teacher_probabilities(teacher: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+def teacher_probabilities(teacher_out: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
     """P = softmax((t - c) / tau_t) of the outputs ... x K, in float32."""
-    return ((teacher.float() - center) / teacher_temp).softmax(-1)
+    return ((teacher_out.float() - center) / teacher_temp).softmax(-1)
 
 
 class DINOLoss(nn.Module):
@@ -396,18 +405,18 @@ class DINOLoss(nn.Module):
         self.student_temp = student_temp
         self.register_buffer("center", torch.zeros(out_dim))
 
-    def forward(self, student: Tensor, teacher: Tensor, teacher_temp: float) -> Tensor:
+    def forward(self, student_out: Tensor, teacher_out: Tensor, teacher_temp: float) -> Tensor:
         """Mean over the pairs (i, v), v not i, and the batch of -sum_k P_i[k] log softmax(s_v / tau_s)[k].
 
         Args:
-            student: V x B x K outputs, the T global views first.
-            teacher: T x B x K outputs, without gradient.
+            student_out: V x B x K outputs, the T global views first.
+            teacher_out: T x B x K outputs, without gradient.
             teacher_temp: tau_t.
         """
-        T, B, _ = teacher.shape
-        V = len(student)
-        P = teacher_probabilities(teacher, self.center, teacher_temp)  # T x B x K
-        log_q = (student.float() / self.student_temp).log_softmax(-1)  # V x B x K
+        T, B, _ = teacher_out.shape
+        V = len(student_out)
+        P = teacher_probabilities(teacher_out, self.center, teacher_temp)  # T x B x K
+        log_q = (student_out.float() / self.student_temp).log_softmax(-1)  # V x B x K
         pairs = -torch.einsum("tbk,vbk->tv", P, log_q) / B  # T x V, every pair
         return (pairs.sum() - pairs.diagonal().sum()) / (T * (V - 1))
 
@@ -423,18 +432,18 @@ class DINOLoss(nn.Module):
 
 
 @torch.no_grad()
-def health(teacher: Tensor, center: Tensor, teacher_temp: float) -> dict[str, float]:
+def health(teacher_out: Tensor, center: Tensor, teacher_temp: float) -> dict[str, float]:
     """Figures of the teacher that tell learning from collapse.
 
     Args:
-        teacher: T x B x K outputs.
+        teacher_out: T x B x K outputs.
         center: K, as the loss used it.
         teacher_temp: tau_t.
 
     Returns:
         entropy of P (ln K: uniform); kl of P from its batch mean (0: the same for all images, collapsed).
     """
-    P = teacher_probabilities(teacher, center, teacher_temp).flatten(0, 1)
+    P = teacher_probabilities(teacher_out, center, teacher_temp).flatten(0, 1)
     mean = P.mean(0)
     entropy = -torch.special.xlogy(P, P).sum(-1).mean()
     kl = -torch.special.xlogy(mean, mean).sum() - entropy
@@ -493,7 +502,7 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
 
         for micro in range(args.accum_steps):
             crops = [crop.to(process.device, non_blocking=True) for crop in meter.fetch(batches)]
-            # Drop path takes no generator.
+            # Drop path draws from torch's own generator: seeded, so that a run which goes on draws the same.
             torch.manual_seed(common.stream_seed(args.seed, "drop path", step, micro, process.rank))
             V, B = len(crops), len(crops[0])
             groups = color_views(crops, views, args.mean, args.std, generator)
@@ -514,7 +523,8 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Mod
                             "feature_std": common.feature_std(features[: T * B].detach())})
 
         # Student: each tensor's gradient is clipped, the prototypes rest during the first epochs.
-        grad_norm = common.grad_norm(network, optimizer, scaler)
+        scaler.unscale_(optimizer)
+        grad_norm = common.grad_norm(network, scaler)
         if args.clip_grad:
             clip_gradients(network.parameters(), args.clip_grad)
         if epoch < args.freeze_last_layer:
@@ -559,6 +569,9 @@ def group_locations(paths: list[str], mode: str, one_date_per_location: bool,
     if mode != "tp" and not one_date_per_location:
         return [[path] for path in paths]
     locations = [list(dates) for _, dates in groupby(sorted(paths, key=os.path.dirname), key=os.path.dirname)]
+    if len(locations) == 1:
+        common.fail(f"--data_path {data_path}: all images are in one folder; tp and "
+                    "--one_date_per_location want the dates of each place in a folder of its own")
     if max(map(len, locations)) == 1:
         common.fail(f"--data_path {data_path}: every folder has one image; tp and "
                     "--one_date_per_location want the dates of a place in a folder of its own")
@@ -610,14 +623,15 @@ def main() -> None:
     steps_per_epoch = len(locations) // effective_batch
     if not steps_per_epoch:
         common.fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
-                    f"{effective_batch}, is larger than the data, {len(locations)}")
+                    f"{effective_batch}, is larger than the data, {len(locations)} images or locations")
     total_steps = args.epochs * steps_per_epoch
     end_step = min(total_steps, args.max_steps or total_steps)
 
     # Networks and state: resumed, or started, and then the teacher starts as the student
     network, teacher, views = build_networks(args)
     dino_loss = DINOLoss(args.out_dim, args.student_temp).to(process.device)
-    identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
+    identity = {"args": common.plain(args), "images": len(paths), "samples": len(locations),
+                "effective_batch": effective_batch}
     saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS)
     init = common.init_backbone(network.backbone, args, saved)
     teacher.load_state_dict(network.state_dict())
@@ -636,7 +650,7 @@ def main() -> None:
     stateful = {"student": network, "teacher": teacher, "dino_loss": dino_loss, "optimizer": optimizer,
                 "scaler": scaler}
     start_step = saved["step"] if saved else 0
-    common.check_alike(process, images=len(paths), start_step=start_step)
+    common.check_alike(process, images=len(paths), samples=len(locations), start_step=start_step)
     end_step = max(start_step, end_step)  # a run that is further already has nothing to do
     for name, part in stateful.items():
         if saved and saved[name]:  # the scaler has no state without fp16
@@ -673,7 +687,9 @@ def main() -> None:
         print(init)
         derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
-    log = common.RunLog(out, process, end_step, start_step, header, floors={"kl": 0.02, "feature_std": 0.05},
+    # One image has no spread.
+    floors = {"kl": 0.02, "feature_std": 0.05} if args.batch_size_per_gpu > 1 else {}
+    log = common.RunLog(out, process, end_step, start_step, header, floors,
                         advice="Try a lower --teacher_temp or --lr, more --warmup_epochs or "
                                "--warmup_teacher_temp_epochs, or --use_bn_in_head")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()

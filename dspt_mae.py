@@ -103,7 +103,7 @@ def get_parser() -> argparse.ArgumentParser:
         "less is slower, and easier")
     add("--norm_pix_loss", action=yes_no, default=True, help="targets normalised by patch; without: pixels, "
         "for sharper pictures and worse features")
-    add("--decoder_dim", type=int, default=512, help="width of the decoder; has to stay to take one over")
+    add("--decoder_dim", type=int, default=512, help="width of the decoder; one in --init needs the same")
     add("--decoder_depth", type=int, default=8, help="blocks of the decoder; 1 to 4 for small encoders")
     add("--decoder_heads", type=int, default=16, help="heads of the decoder; a divisor of its width")
 
@@ -184,16 +184,17 @@ class CropDataset(torch.utils.data.Dataset):
 
 def measure_pixels(paths: list[str], in_chans: int) -> tuple[torch.dtype, list, list]:
     """The dtype of the images; mean and std of each channel over up to 32 of them, evenly spaced."""
-    images = []
+    dtypes, pixels = [], []
     for path in paths[:: math.ceil(len(paths) / 32)]:
         try:
-            images.append(common.read_pixels(path, in_chans))
+            image = common.read_pixels(path, in_chans)
         except common.UnreadableImageError:
             continue
-    # At most 65,536 pixels of each: enough for a mean, whatever their size.
-    pixels = [common.to_float(image).flatten(1)[:, :: 1 + image[0].numel() // 2**16] for image in images]
+        k = math.ceil(math.sqrt(image[0].numel() / 2**16))  # a grid of about 65,536 pixels at most
+        dtypes.append(image.dtype)
+        pixels.append(common.to_float(image[:, ::k, ::k]).flatten(1))
     pixels = torch.cat(pixels, 1)
-    return images[0].dtype, pixels.mean(1).tolist(), pixels.std(1).tolist()
+    return dtypes[0], pixels.mean(1).tolist(), pixels.std(1).tolist()
 
 
 def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
@@ -314,9 +315,9 @@ class MaskedAutoencoder(nn.Module):
     def encode(self, images: Tensor, ids_keep: Tensor) -> Tensor:
         """Images B x C x H x W, ids_keep B x n -> class token and kept patches B x (1 + n) x D."""
         vit = self.backbone
-        x = vit.patch_embed(images).flatten(1, -2)  # B x N x D
+        x = vit.patch_embed(images).flatten(1, -2)  # B x h x w x D -> B x N x D
         x = take_tokens(x + vit.pos_embed[:, 1:], ids_keep)
-        cls_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1).to(x.dtype)
+        cls_token = (vit.cls_token + vit.pos_embed[:, :1]).expand(len(x), -1, -1)
         return vit.norm(vit.blocks(vit.norm_pre(torch.cat([cls_token, x], 1))))
 
     def decode(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
@@ -367,14 +368,14 @@ def convert_positions(pos_embed: Tensor, grid: tuple[int, int],
 def convert_projection(weight: Tensor, in_chans: int, p: int) -> tuple[Tensor, str]:
     """Patch projection D x C x p x p of a file, for `in_chans` channels and patches of `p`, and in words.
 
-    One channel counts as C equal ones would. Colour to more channels repeats them, as timm does; between any
-    other numbers all new channels get the old ones' mean. The sum of the weights stays.
+    Each new channel gets an equal share of the old ones' sum, so equal channels give the tokens they gave
+    before. But three become more as in timm, repeated and scaled: the first stay red, green and blue.
     """
     _, C, old_p, _ = weight.shape
     words = []
     if C != in_chans:
         words.append(f"patch projection of {C} channels converted to {in_chans}")
-        if C == 3:
+        if C == 3 < in_chans:
             weight = timm.models.adapt_input_conv(in_chans, weight)
         else:
             weight = (weight.sum(1, keepdim=True) / in_chans).expand(-1, in_chans, -1, -1)
@@ -399,10 +400,11 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     words, same_patches, p = [], True, vit.patch_embed.patch_size[0]
     weight, pos_embed = encoder.get("patch_embed.proj.weight"), encoder.get("pos_embed")
     if weight is not None and weight.ndim == 4 and len(weight) == vit.embed_dim:  # else of another arch
+        # Else the decoder's last layer predicts other pixels, though it may have the same shape.
         same_patches = weight.shape == vit.patch_embed.proj.weight.shape
         encoder["patch_embed.proj.weight"], how = convert_projection(weight, args.in_chans, p)
         words.append(how)
-        if pos_embed is not None:
+        if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[2] == vit.embed_dim:
             size = info.get("img_size")
             old_grid = tuple(side // weight.shape[-1] for side in size) if isinstance(size, tuple) else None
             encoder["pos_embed"], how = convert_positions(pos_embed, vit.patch_embed.grid_size, old_grid)
@@ -420,7 +422,8 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     report = "decoder: none in the file, starts fresh"
     if decoder:
         report = common.loading_report("decoder", own, decoder, fits)
-        report += "; what is missing starts fresh" * (len(fits) < len(own))
+        if len(fits) < len(own):
+            report += "; what is missing starts fresh"
     return [*lines, report]
 
 
@@ -506,7 +509,8 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
             figures.append({"loss": loss.detach(), "flat_loss": flat_loss,
                             "feature_std": common.feature_std(features.detach())})
 
-        grad_norm = common.grad_norm(network, optimizer, scaler)
+        scaler.unscale_(optimizer)
+        grad_norm = common.grad_norm(network, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -590,7 +594,7 @@ def main() -> None:
     identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
     saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS)
     if saved:
-        init = [f"resumed at step {saved['step']}" + ", --init is not read again" * bool(args.init)]
+        init = [f"resumed at step {saved['step']}{', --init is not read again' if args.init else ''}"]
     else:
         init = load_init(network, args) if args.init else ["from nothing: plain MAE"]
     network.to(process.device)
@@ -637,7 +641,8 @@ def main() -> None:
             print(line)
         derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
         print("  ".join(f"{name} {value}" for name, value in derived.items()))
-    log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
+    floors = {"feature_std": 0.05} if args.batch_size_per_gpu > 1 else {}  # one image has no spread
+    log = common.RunLog(out, process, end_step, start_step, header, floors,
                         advice="Try a lower --lr or more --warmup_epochs")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 
@@ -659,8 +664,8 @@ def main() -> None:
             log.write(step, {"epoch": epochs, **meter.summary(step, effective_batch), **values})
             if process.is_main:
                 draw_reconstruction()
-        if saving:
-            save(step)
+            if saving:
+                save(step)
             meter.restart()
         log.advance()
         return stopping and step < end_step

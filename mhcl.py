@@ -482,7 +482,8 @@ def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encod
 
         # Query encoder by gradient, then the key encoder follows (in MoCo just before the next keys, which is
         # the same), then the keys enter the queue.
-        grad_norm = common.grad_norm(network, optimizer, scaler)
+        scaler.unscale_(optimizer)
+        grad_norm = common.grad_norm(network, scaler)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -637,7 +638,8 @@ def main() -> None:
         if args.moco_k > len(paths) / 2:
             print(f"warning: --moco_k {args.moco_k}: more than half of the {len(paths)} images; the queue "
                   "often holds an older key of the query's own image, as a negative", file=sys.stderr)
-    log = common.RunLog(out, process, end_step, start_step, header, floors={"feature_std": 0.05},
+    floors = {"feature_std": 0.05} if args.batch_size_per_gpu > 1 else {}  # one image has no spread
+    log = common.RunLog(out, process, end_step, start_step, header, floors,
                         advice="Try a lower --lr, more --warmup_epochs, or a larger --moco_m")
     meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
 

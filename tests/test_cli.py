@@ -98,6 +98,13 @@ BAD_METHOD = {
         (["--mode", "tp", "--one_date_per_location"], "--one_date_per_location: only with --mode mc or dino"),
         (["--mode", "tp", "--data_path", "SINGLE"], "every folder has one image"),
         (["--mode", "cm"], "argument --mode: invalid choice: 'cm'"),
+        (["--mode", "tp", "--data_path", "FLAT"], "all images are in one folder"),
+        (["--patch_size", "16"], "--img_size 32: its smallest local crop is under the patch, 16"),
+        (["--freeze_last_layer", "3"], "--freeze_last_layer 3: must be less than --epochs 3"),
+        (
+            ["--warmup_teacher_temp_epochs", "4"],
+            "--warmup_teacher_temp_epochs 4: must not be more than --epochs 3",
+        ),
         (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5: must be between 0 and 1"),
     ],
     "mhcl": [
@@ -119,6 +126,7 @@ BAD_METHOD = {
         (["--moco_t", "0"], "--moco_t 0.0: must be above 0"),
     ],
     "cmid": [
+        (["--warmup_teacher_temp_epochs", "50"], "50: must not be more than --epochs 3; 0 for short runs"),
         (["--img_size", "48"], "--img_size 48: must be a multiple of the last map's stride, 32"),
         (["--mask_patch_size", "12"], "--img_size 32: must be a multiple of --mask_patch_size, 12"),
         (["--mask_patch_size", "2"], "--mask_patch_size 2: must be a multiple of 4, the stride at"),
@@ -163,11 +171,13 @@ BAD = [(script, *bad) for script in TRAINING for bad in BAD_TRAINING + BAD_METHO
 def places(scenes, tmp_path_factory):
     """Folders and files that bad input refers to by name."""
     root = tmp_path_factory.mktemp("places")
-    for name in ("EMPTY", "BROKEN", "SINGLE/a", "SINGLE/b"):
+    for name in ("EMPTY", "BROKEN", "SINGLE/a", "SINGLE/b", "FLAT"):
         (root / name).mkdir(parents=True)
     (root / "BROKEN" / "x.png").write_text("no image")
     for name in ("a", "b"):
-        shutil.copy(next((scenes / "train" / "forest").iterdir()), root / "SINGLE" / name / "x.png")
+        image = next((scenes / "train" / "forest").iterdir())
+        shutil.copy(image, root / "SINGLE" / name / "x.png")
+        shutil.copy(image, root / "FLAT" / f"{name}.png")
     (root / "TEXT").write_text("no weights")
     torch.save({"layer.weight": torch.zeros(3)}, root / "RESNET")
     return root
@@ -320,6 +330,18 @@ def test_prediction_needs_a_head(run, capsys, scenes, tmp_path):
     refused(run, capsys, "eval_linear", [*base, "--weights", tmp_path], "no head.pth in it")
     (tmp_path / "head.pth").write_text("nonsense")
     refused(run, capsys, "eval_linear", [*base, "--weights", tmp_path], "head.pth: ")
+
+
+def test_places_joined_before_a_resume_are_noticed(train, run, capsys, scenes, tmp_path):
+    """As many images as before, fewer samples."""
+    data = shutil.copytree(scenes / "locations", tmp_path / "data")
+    flags = ["--data_path", data, "--output_dir", tmp_path / "o", *tiny("dino_mc", "--one_date_per_location")]
+    run("dino_mc", *flags, "--max_steps", "1")
+    capsys.readouterr()
+    first, second, *_ = sorted(data.iterdir())
+    for image in first.iterdir():
+        image.rename(second / f"from_first_{image.name}")
+    refused(run, capsys, "dino_mc", flags, "samples was 10, is 9")
 
 
 def test_changed_flags_on_resume_are_named(train, run, capsys, scenes, tmp_path):

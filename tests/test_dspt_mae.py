@@ -574,7 +574,7 @@ def test_patches_of_equal_length_but_other_shape_start_a_fresh_prediction_layer(
     assert "12 channels converted to 3" in lines[0] and "0 missing" in lines[0]
 
 
-@pytest.mark.parametrize("C, in_chans", [(1, 3), (1, 12), (12, 3), (12, 1), (4, 12)])
+@pytest.mark.parametrize("C, in_chans", [(1, 3), (1, 12), (12, 3), (12, 1), (4, 12), (3, 1), (3, 2)])
 def test_between_any_channels_equal_ones_give_the_same_tokens(C, in_chans):
     weight = rand(8, C, 4, 4)
     converted, words = dspt_mae.convert_projection(weight, in_chans, 4)
@@ -624,6 +624,7 @@ def test_decoder_of_another_width_starts_fresh(tmp_path):
 def test_a_file_of_another_architecture_is_refused_in_words(run, scenes, tmp_path, capsys):
     files = {"resnet": timm.create_model("test_resnet").state_dict()}
     files["deeper"] = timm.create_model("vit_tiny_patch16_224", num_classes=0, img_size=32).state_dict()
+    files["sam"] = files["deeper"] | {"pos_embed": torch.zeros(1, 2, 2, 192)}
     files["decoder"] = {k: x for k, x in public_layout(small_model())["model"].items() if "decoder" in k}
     for name, state in files.items():
         torch.save(state, tmp_path / name)
