@@ -10,6 +10,7 @@ what a run writes.
 import argparse
 import atexit
 import contextlib
+import copy
 import difflib
 import gc
 import hashlib
@@ -722,6 +723,8 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     kept = ("architecture", "first_conv", "classifier", "pool_size")
+    # safetensors takes no channels_last.
+    backbone = copy.deepcopy(backbone).to("cpu", memory_format=torch.contiguous_format)
     backbone.pretrained_cfg = {
         **{key: backbone.pretrained_cfg.get(key) for key in kept}, "num_classes": 0,
         "input_size": (len(mean), *timm.layers.to_2tuple(img_size)), "mean": tuple(mean), "std": tuple(std),

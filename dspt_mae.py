@@ -400,7 +400,7 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     words, same_patches, p = [], True, vit.patch_embed.patch_size[0]
     weight, pos_embed = encoder.get("patch_embed.proj.weight"), encoder.get("pos_embed")
     if weight is not None and weight.ndim == 4 and len(weight) == vit.embed_dim:  # else of another arch
-        # Else the decoder's last layer predicts other pixels, though it may have the same shape.
+        # Other patches: the decoder's last layer predicts other pixels, even where its shape is the same.
         same_patches = weight.shape == vit.patch_embed.proj.weight.shape
         encoder["patch_embed.proj.weight"], how = convert_projection(weight, args.in_chans, p)
         words.append(how)

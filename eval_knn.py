@@ -15,7 +15,7 @@ each votes with weight exp(similarity / tau). Nothing is trained, so nothing is 
     symbol    variable       flag (default)             what
     k         ks             nb_knn (10 20 100 200)     neighbours that vote
     tau       temperature    temperature (.07)          of the weights
-    N, M      N, M           -                          training and test images
+    N, M      -              -                          training and test images
     D         -              -                          width of the features
     C         C              -                          classes
 
@@ -95,9 +95,15 @@ def get_parser() -> argparse.ArgumentParser:
 # --------------------------------------------------------------------------------------------------
 
 
+SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
 def class_folders(root: Path) -> dict[str, list[str]]:
     """Class name -> its images, by the folders in `root`."""
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
+    names = [folder.name for folder in folders]
+    if names and {name.lower() for name in names} <= SPLIT_NAMES:
+        common.fail(f"--data_path: {root} holds {', '.join(names)}, no classes; call them train and val")
     if len(folders) < 2:
         common.fail(f"--data_path: {root} has {len(folders)} class folders, two or more are needed")
     return {folder.name: common.list_images(folder, suffixes=common.PIXEL_SUFFIXES) for folder in folders}
@@ -163,7 +169,10 @@ class LabelledImages(torch.utils.data.Dataset):
 
 
 class ImageStats(nn.Module):
-    """Mean and standard deviation of each channel: what a backbone has to beat."""
+    """Mean and standard deviation of each channel: what a backbone has to beat.
+
+    Both evaluations then standardise each of them over the training images.
+    """
 
     def forward(self, images: Tensor) -> Tensor:
         """N x C x H x W -> N x 2C."""
@@ -172,10 +181,12 @@ class ImageStats(nn.Module):
 
 @torch.inference_mode()
 def extract_features(backbone: nn.Module, dataset: torch.utils.data.Dataset, mean: tuple, std: tuple,
-                     args: argparse.Namespace, process: Process) -> tuple[Tensor, Tensor]:
+                     args: argparse.Namespace, process: Process,
+                     may_lose: float = 0.01) -> tuple[Tensor, Tensor]:
     """Features N x D (float32, unnormalised) and labels N of all images, in their order, in every process.
 
-    Batches are dealt out to the processes whole, so each is the same whatever their number.
+    Batches are dealt out to the processes whole, so each is the same whatever their number. Fails when more
+    than the share `may_lose` of the images are unreadable, or a feature is not finite.
     """
     index = torch.arange(len(dataset)).split(args.batch_size_per_gpu)
     mine = [batch.tolist() for batch in index[process.rank :: process.world_size]]
@@ -201,9 +212,12 @@ def extract_features(backbone: nn.Module, dataset: torch.utils.data.Dataset, mea
     batches = [parts[i % process.world_size][i // process.world_size] for i in range(len(index))]
     features, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     lost = int((labels < 0).sum())
-    if lost > 0.01 * len(dataset):
-        common.fail(f"{lost} of {len(dataset)} images are unreadable, more than 1 %", code=1)
-    return features[labels >= 0], labels[labels >= 0]
+    if lost > may_lose * len(dataset) or lost == len(dataset):
+        common.fail(f"{lost} of {len(dataset)} images are unreadable, more than {may_lose:.0%}", code=1)
+    features, labels = features[labels >= 0], labels[labels >= 0]
+    if not features.isfinite().all():
+        common.fail("not all features are finite: damaged weights, or try --amp off", code=1)
+    return features, labels
 
 
 # --------------------------------------------------------------------------------------------------
@@ -220,7 +234,8 @@ def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int]
         train_labels: N class numbers.
         test: M x D features of unit length.
         ks: numbers of neighbours.
-        temperature: tau; a vote weighs exp(cosine / tau).
+        temperature: tau; a vote weighs exp(cosine / tau), here divided by that of the nearest neighbour: the
+            same vote, without overflow, and a small tau leaves the nearest its weight.
         chunk_elements: similarities held at once; bounds the memory.
 
     Returns:
@@ -230,7 +245,7 @@ def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int]
     predictions = []
     for chunk in test.split(max(1, chunk_elements // max(len(train), C))):
         similarity, neighbours = (chunk @ train.T).topk(ascending[-1], dim=1)  # m x k, the nearest first
-        weights = ((similarity - 1) / temperature).exp()  # cosine 1 weighs 1: the same vote, and no overflow
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes, of_k, counted = torch.zeros(len(chunk), C, device=test.device), {}, 0
         for k in ascending:  # k's voters are those of the smaller k and the next ones
             votes.scatter_add_(1, train_labels[neighbours[:, counted:k]], weights[:, counted:k])
@@ -282,6 +297,12 @@ def prepare(name: str, state: dict, info: dict, args: argparse.Namespace,
     return backbone, img_size, mean, std, arch, report
 
 
+def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of N x D features over the images; 1 where all images have the same."""
+    spread = x.std(0)
+    return x.mean(0), torch.where(spread > 0, spread, 1)
+
+
 def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train: list, test: list, C: int,
              args: argparse.Namespace, process: Process) -> dict:
     """Top-1 in percent for each k, and with --per_class that of each class at the first k."""
@@ -290,7 +311,7 @@ def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train:
         extract_features(backbone, LabelledImages(part, img_size, len(mean)), mean, std, args, process)
         for part in (train, test))
     if isinstance(backbone, ImageStats):
-        center, spread = train_x.mean(0), train_x.std(0)
+        center, spread = center_and_spread(train_x)
         train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
     if max(args.nb_knn) > len(train_x):  # some images were unreadable
         common.fail(f"--nb_knn {max(args.nb_knn)}: only {len(train_x)} training images are readable")
@@ -323,6 +344,7 @@ def main() -> None:
     common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
     out = common.make_output_dir(args.output_dir, process)
     train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
+    common.check_alike(process, training_images=len(train), test_images=len(test))
     if not 1 <= min(args.nb_knn) <= max(args.nb_knn) <= len(train):
         common.fail(f"--nb_knn {' '.join(map(str, args.nb_knn))}: must be from 1 to the number of "
                     f"training images, {len(train)}")
@@ -339,7 +361,8 @@ def main() -> None:
         result = evaluate(backbone, img_size, mean, std, train, test, len(classes), args, process)
         lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
                       "patch_size": args.patch_size, "data": args.data_path, "split": split,
-                      "img_size": img_size, "temperature": args.temperature, "seed": args.seed, **result,
+                      "img_size": img_size, "temperature": args.temperature, "amp": args.amp,
+                      "seed": args.seed, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
     if process.is_main:
         print_table(lines, classes)

@@ -60,7 +60,15 @@ from torchvision.transforms.v2.functional import resized_crop
 
 import common
 from common import Process
-from eval_knn import BASELINES, ImageStats, LabelledImages, extract_features, load_split, prepare
+from eval_knn import (
+    BASELINES,
+    ImageStats,
+    LabelledImages,
+    center_and_spread,
+    extract_features,
+    load_split,
+    prepare,
+)
 
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
 FREE_FLAGS = {"data_path", "num_workers", "batch_size_per_gpu", "accum_steps", "output_dir",
@@ -70,6 +78,7 @@ FINETUNE_FLAGS = (
     "drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr warmup_epochs "
     "weight_decay layer_decay save_every save_minutes log_every max_steps").split()
 FROZEN_FLAGS = "protocol augment_passes n_last_blocks avgpool lrs schedule batch_size".split()
+EVALUATION_FLAGS = "finetune checkpoint_key epochs per_class val_fraction split_seed".split()
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
 
 # --------------------------------------------------------------------------------------------------
@@ -173,12 +182,14 @@ def check_args(args: argparse.Namespace) -> None:
     if args.finetune and args.weights == ["image_stats"]:
         common.fail("--weights image_stats: has nothing to fine-tune")
     changed = changed_flags(args)
-    useless, when = (FROZEN_FLAGS, "not") if args.finetune else (FINETUNE_FLAGS, "only")
+    useless, when = FINETUNE_FLAGS, "only with --finetune"
+    if args.finetune:
+        useless, when = FROZEN_FLAGS, "not with --finetune"
+    if args.predict:
+        useless, when = [*FINETUNE_FLAGS, *FROZEN_FLAGS, *EVALUATION_FLAGS], "not with --predict"
     for name in useless:
         if name in changed:
-            common.fail(f"--{name} {changed[name]}: {when} with --finetune")
-    if args.predict and (args.finetune or args.checkpoint_key):
-        common.fail("--finetune, --checkpoint_key: not with --predict")
+            common.fail(f"--{name} {changed[name]}: {when}")
     if args.finetune and args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
     if args.rand_augment > 10:
@@ -402,7 +413,7 @@ def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, m
     extract = partial(extract_features, backbone, mean=mean, std=std, args=args, process=process)
     x, labels = extract(LabelledImages(train, img_size, len(mean)))  # N x D, N
     test_x, test_labels = extract(LabelledImages(test, img_size, len(mean)))
-    center, spread = (x.mean(0), x.std(0)) if isinstance(backbone, ImageStats) else (0.0, 1.0)
+    center, spread = center_and_spread(x) if isinstance(backbone, ImageStats) else (0.0, 1.0)
 
     def on_device(x: Tensor) -> Tensor:
         return ((x - center) / spread).to(process.device)
@@ -419,7 +430,10 @@ def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, m
             if args.protocol == "paper":
                 passes.clear()  # each serves one epoch
             crops = CropsOfPass(train, img_size, len(mean), args.seed, number)
-            passes[number] = on_device(extract(crops)[0])
+            features, labels_again = extract(crops)
+            if not torch.equal(labels_again, labels.cpu()):
+                common.fail("other images are readable than before", code=1)
+            passes[number] = on_device(features)
         return passes[number]
 
     def fit(index: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -434,13 +448,15 @@ def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, m
             common.fail("--lrs: one image of each class is too few to choose among several; give one")
         W, b = fit(everything[~held], args.lrs)
         predicted = (torch.einsum("nd,lcd->lnc", x[held], W) + b.unsqueeze(1)).argmax(-1)  # L x N
-        top1 = 100 * (predicted == labels[held]).double().mean(1)
+        top1 = 100 * (predicted == labels[held]).cpu().double().mean(1)  # mps has no double
         lr = args.lrs[int(top1.argmax())]
         choice = {"held_out_images": int(held.sum()), "held_out_top1": dict(zip(
             map("{:g}".format, args.lrs), [round(value, 3) for value in top1.tolist()], strict=True))}
         if process.is_main and lr in (min(args.lrs), max(args.lrs)):
             print(f"warning: the best learning rate, {lr:g}, is at the end of --lrs", file=sys.stderr)
     W, b = fit(everything, [lr])
+    if not W.isfinite().all():
+        common.fail(f"--lrs {lr:g}: the head's weights are not finite; take a smaller one", code=1)
     predicted = (test_x @ W[0].T + b[0]).argmax(1).cpu()
     result = {"lr": lr, **choice, "train_images": len(x), "test_images": len(test_x)}
     return result, confusion_matrix(test_labels, predicted, C), (W[0].cpu(), b[0].cpu())
@@ -480,7 +496,7 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
     scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     start_step = saved["step"] if saved else 0
-    common.check_alike(process, images=len(train), start_step=start_step)
+    common.check_alike(process, start_step=start_step)
     end_step = max(start_step, end_step)
     for name, part in stateful.items():
         if saved and saved[name]:
@@ -554,6 +570,9 @@ def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, 
             break
     del batches  # ends the workers
     log.close()
+    if process.world_size > 1:  # BatchNorm's statistics: those of the main process, as in its files
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
     return done >= total_steps
 
 
@@ -572,14 +591,17 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     except ValueError as error:
         common.fail(f"--weights {source}: head.pth: {error}")
     state, info = common.read_weights(str(source))
+    args.img_size = args.img_size or head["img_size"]
     backbone, img_size, mean, std, _, report = prepare(str(source), state, info, args)
     if head["n_last_blocks"]:
         backbone = LastBlocks(backbone, head["n_last_blocks"], head["avgpool"])
     paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
+    common.check_alike(process, images=len(paths))
     if process.is_main:
         print(report)
     dataset = LabelledImages([(path, i) for i, path in enumerate(paths)], img_size, len(mean))
-    x, index = extract_features(backbone.to(process.device).eval(), dataset, mean, std, args, process)
+    x, index = extract_features(backbone.to(process.device).eval(), dataset, mean, std, args, process,
+                                may_lose=1.0)
     probability, label = (x @ head["weight"].T + head["bias"]).softmax(1).max(1)
     if process.is_main:
         text = io.StringIO()
@@ -646,22 +668,28 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
     sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
                if name not in BASELINES}
+    common.check_alike(process, training_images=len(train), test_images=len(test))
     borrowed = {}, next((info for _, info in sources.values()), {})
     prepared = [prepare(name, *sources.get(name, borrowed), args, args.drop_path) for name in args.weights]
 
     lines, versions, task = [], common.versions(), "finetune" if args.finetune else f"linear, {args.protocol}"
-    free = FREE_FLAGS | {"weights", "checkpoint_key", "arch", "img_size", "split_seed", "seed", "finetune"}
+    free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps"}  # which may change figures a little
+    free |= {"weights", "checkpoint_key", "arch", "img_size", "split_seed", "seed", "finetune"}
     settings = {name: value for name, value in changed_flags(args).items() if name not in free}
     kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
     if args.finetune:  # what a checkpoint has to say of its network
         vars(args).update(zip(("img_size", "mean", "std", "arch"), prepared[0][1:5], strict=True))
     elif (out / "checkpoint.pth").is_file():
         common.fail(f"--output_dir {out}: holds a training run, whose backbone would be replaced")
-    for name, (backbone, img_size, mean, std, arch, report) in zip(args.weights, prepared, strict=True):
+    models = [backbone for backbone, *_ in prepared]
+    if not args.finetune:
+        models = [with_features(model, name, args.n_last_blocks, args.avgpool)
+                  for model, name in zip(models, args.weights, strict=True)]
+    for name, model, (backbone, img_size, mean, std, arch, report) in zip(args.weights, models, prepared,
+                                                                         strict=True):
         began = time.perf_counter()
         if process.is_main:
             print(f"{arch}: {report}" if arch else report, flush=True)
-        model = backbone if args.finetune else with_features(backbone, name, args.n_last_blocks, args.avgpool)
         judge = partial(run_finetune, out=out) if args.finetune else probe
         done = judge(model, train, test, len(classes), img_size, mean, std, args=args, process=process)
         if done is None:
@@ -675,11 +703,11 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
             figures["per_class"] = [None if math.isnan(x) else round(x, 3) for x in share.tolist()]
         if process.is_main and name == kept:
             save_confusion(out / "confusion.png", confusion, classes)
-            head = {"weight": weight, "bias": bias, "classes": classes,
+            head = {"weight": weight, "bias": bias, "classes": classes, "img_size": img_size,
                     "n_last_blocks": getattr(model, "n_last_blocks", 0),
                     "avgpool": getattr(model, "avgpool", False)}
             built_size = backbone.model_args.get("img_size", img_size)  # of a ViT: that of its positions
-            common.export_backbone(backbone.cpu(), out / "backbone", built_size, mean, std)
+            common.export_backbone(backbone, out / "backbone", built_size, mean, std)
             common.write_atomically(out / "head.pth", partial(torch.save, head))
         lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
                       "data": args.data_path, "split": split, "img_size": img_size, "seed": args.seed,

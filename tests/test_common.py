@@ -279,6 +279,19 @@ def test_drop_path_is_what_was_asked_for(arch):
         assert max(rates(0.2)) == pytest.approx(0.2)
 
 
+def test_backbone_in_channels_last_is_exported_and_stays(tmp_path):
+    """As on a GPU, in the middle of training, compiled; safetensors takes contiguous tensors alone."""
+    backbone = randomize(common.build_backbone("test_resnet", 32)).to(memory_format=torch.channels_last)
+    backbone.compile(backend="eager")
+    x = torch.rand(2, 3, 32, 32, generator=generator())
+    before = backbone(x)
+    common.export_backbone(backbone, tmp_path / "backbone", 32, (0, 0, 0), (1, 1, 1))
+    weights = [p for p in backbone.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    assert weights and not any(p.is_contiguous() for p in weights)
+    loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
+    torch.testing.assert_close(loaded(x), before)
+
+
 @pytest.mark.parametrize(
     "arch, patch",
     [("test_vit", 8), ("test_resnet", None), ("test_convnext", None), ("swin_tiny_patch4_window7_224", None)],
