@@ -201,12 +201,12 @@ class PairDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Returns crops uint8 2 x 3 x img_size x img_size and geometries float 2 x 5.
 
         A geometry is top, left, height and width in source pixels, and 1 for a mirrored crop.
         """
-        epoch, index = key
+        epoch, index = item
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
         image = common.read_image(self.paths[index])
         crops, geometries = zip(*(self._crop(image) for _ in range(2)), strict=True)
@@ -336,7 +336,7 @@ def stem_and_stages(backbone: nn.Module) -> tuple[list[nn.Module], list[nn.Modul
         return [backbone.conv1, backbone.bn1, backbone.act1, backbone.maxpool], stages
     if hasattr(backbone, "patch_embed") and len(getattr(backbone, "layers", ())) == 4:
         return [backbone.patch_embed], [*backbone.layers, backbone.norm]
-    if hasattr(backbone, "stem") and len(getattr(backbone, "stages", ())) == 4:
+    if hasattr(backbone, "norm_pre") and len(getattr(backbone, "stages", ())) == 4:
         return [backbone.stem], [*backbone.stages, backbone.norm_pre]
     return None
 
@@ -670,10 +670,11 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
                 l_local = sum(local_loss(local[v], target[v], centers[v], args.student_temp, branch_temp)
                               for v in range(2)) / 2
 
-                parts = l_reconstruction, l_global, l_local
-                loss = sum(weight * part for weight, part in zip(args.loss_weights, parts, strict=True))
+                losses = l_reconstruction, l_global, l_local
+                loss = sum(weight * term for weight, term in zip(args.loss_weights, losses, strict=True))
                 scaler.scale(loss / args.accum_steps).backward()
-            keys.append(gather(k.transpose(0, 1), process))  # B x 2 x 256: any split, one queue
+            # B x 2 x 256, image by image: the queue's order is that of one process without accumulation.
+            keys.append(gather(k.transpose(0, 1), process))
             branch_means += means / args.accum_steps
             figures.append({"loss": loss.detach(), "reconstruction": l_reconstruction.detach(),
                             "global": l_global.detach(), "local": l_local.detach(),
@@ -696,9 +697,9 @@ def train_one_epoch(epoch: int, steps: range, batches: Iterator, online: nn.Modu
         terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
         meter.end_step({**terms, "grad_norm": grad_norm})
         first = slice(min(B, 8))  # of view 1 in the last micro-batch
-        draw = partial(save_reconstruction, images[first], masked[first], prediction[first].detach(),
-                       mask[first], args)
-        if after_step(step + 1, {**now, "teacher_temp": branch_temp}, draw):
+        if after_step(step + 1, {**now, "teacher_temp": branch_temp},
+                      partial(save_reconstruction, images[first], masked[first], prediction[first].detach(),
+                              mask[first], args)):
             return True
     return False
 
@@ -724,10 +725,10 @@ def save_reconstruction(images: Tensor, masked: Tensor, prediction: Tensor, mask
 
 def probe_backbone(backbone: nn.Module, args: argparse.Namespace) -> tuple[int, int]:
     """Channels of the last map and at the mask stage; fails for a backbone that cannot be taken apart."""
-    kinds = f"--arch {args.arch}: must be a ResNet, a Swin or a ConvNeXt whose last map has stride {STRIDE}"
+    refusal = f"--arch {args.arch}: must be a ResNet, a Swin or a ConvNeXt whose last map has stride {STRIDE}"
     parts = stem_and_stages(backbone)
     if parts is None:
-        common.fail(kinds)
+        common.fail(refusal)
     images = torch.rand(1, 3, args.img_size, args.img_size)
     backbone.eval()
     try:
@@ -736,10 +737,10 @@ def probe_backbone(backbone: nn.Module, args: argparse.Namespace) -> tuple[int, 
             last_map, pooled = run_backbone(backbone, images)
             same = torch.allclose(pooled, backbone(images), atol=1e-4)
     except Exception as error:
-        common.fail(f"{kinds}: {error}")
+        common.fail(f"{refusal}: {error}")
     backbone.train()
     if not same or last_map.shape[2:] != (args.img_size // STRIDE,) * 2:
-        common.fail(kinds)
+        common.fail(refusal)
     return last_map.shape[1], token_map.shape[-1 if maps_are_nhwc(backbone) else 1]
 
 

@@ -67,7 +67,7 @@ def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
         everywhere: print in any process, for errors that only one may see; else once per machine.
     """
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        print("error:", *message.splitlines(), file=sys.stderr, flush=True)  # of a library's, each line
     raise SystemExit(code)
 
 
@@ -106,11 +106,13 @@ def init_process(device: str) -> Process:
     Args:
         device: auto, cpu, cuda or mps; auto takes the first there is of cuda, mps, cpu.
     """
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    one_mps = torch.backends.mps.is_available() and world_size == 1  # gloo has no tensors of mps
+    found = {"cuda": torch.cuda.is_available(), "mps": one_mps, "cpu": True}
     name = next(kind for kind, there in found.items() if there) if device == "auto" else device
     if not found[name]:
-        fail(f"--device {name}: this machine has none")
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        fail(f"--device {name}: this machine has none" if name == "cuda" else
+             "--device mps: this machine has none, or there are several processes")
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if name == "cuda":
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()

@@ -517,9 +517,8 @@ def train_one_epoch(steps: range, batches: Iterator, model: nn.Module, optimizer
 
         terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
         meter.end_step({**terms, "grad_norm": grad_norm})
-        draw = partial(save_pictures, "reconstruction.png", images, patches, mask, prediction.detach(), p,
-                       grid, crops.dtype, args)
-        if after_step(step + 1, now, draw):
+        if after_step(step + 1, now, partial(save_pictures, "reconstruction.png", images, patches, mask,
+                                             prediction.detach(), p, grid, crops.dtype, args)):
             return True
     return False
 

@@ -213,7 +213,7 @@ def extract_features(backbone: nn.Module, dataset: torch.utils.data.Dataset, mea
     features, labels = (torch.cat(column) for column in zip(*batches, strict=True))
     lost = int((labels < 0).sum())
     if lost > may_lose * len(dataset) or lost == len(dataset):
-        common.fail(f"{lost} of {len(dataset)} images are unreadable, more than {may_lose:.0%}", code=1)
+        common.fail(f"{lost} of {len(dataset)} images are unreadable, more than {100 * may_lose:g} %", code=1)
     features, labels = features[labels >= 0], labels[labels >= 0]
     if not features.isfinite().all():
         common.fail("not all features are finite: damaged weights, or try --amp off", code=1)
@@ -300,7 +300,7 @@ def prepare(name: str, state: dict, info: dict, args: argparse.Namespace,
 def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of N x D features over the images; 1 where all images have the same."""
     spread = x.std(0)
-    return x.mean(0), torch.where(spread > 0, spread, 1)
+    return x.mean(0), torch.where(spread > 1e-6 * x.abs().amax(0), spread, 1)
 
 
 def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train: list, test: list, C: int,

@@ -154,6 +154,8 @@ def check_args(args: argparse.Namespace) -> None:
     common.check_range(args, positive.split(), not_negative.split(), unit=["moco_m"], finite=["mean"])
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+    if args.cos and args.schedule != get_parser().get_default("schedule"):
+        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: only with --no-cos")
     if not args.cos and not all(0 < epoch < args.epochs for epoch in args.schedule):
         common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be between 0 and --epochs "
                     f"{args.epochs}")
@@ -304,10 +306,12 @@ HARD_WEIGHTS = (0.01, 0.04, 0.07, 0.1)
 def draw_hard(seed: int, a: float, b: float, S: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
     """What a step's hard features are made with; drawn on the CPU, so the same in all processes.
 
+    Seeds torch's own generator of the CPU.
+
     Returns:
         lambda (S,) and mu (S,), from Beta(a, b); pi (K,), a permutation of the queue for all scales.
     """
-    torch.default_generator.manual_seed(seed)  # Beta takes no generator
+    torch.default_generator.manual_seed(seed)  # the only one that Beta draws from
     lam, mu = torch.distributions.Beta(a, b).sample((2, S))
     return lam, mu, torch.randperm(K)
 

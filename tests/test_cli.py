@@ -119,6 +119,7 @@ BAD_METHOD = {
         (["--moco_k", "20", "--batch_size_per_gpu", "5"], "5: must be cut into 2 equal parts of 2 images"),
         (["--bn_groups", "4"], "--batch_size_per_gpu 4: must be cut into 4 equal parts of 2 images"),
         (["--no-cos", "--schedule", "1", "3"], "--schedule 1 3: must be between 0 and --epochs 3"),
+        (["--schedule", "1"], "--schedule 1: only with --no-cos"),
         (["--no-cos"], "--schedule 120 160: must be between 0 and --epochs 3"),
         (["--moco_m", "1.01"], "--moco_m 1.01: must be between 0 and 1"),
         (["--a", "0"], "--a 0.0: must be above 0"),
@@ -138,6 +139,7 @@ BAD_METHOD = {
         (["--mask_ratio", "1"], "--mask_ratio 1.0: must mask some of the 16 blocks, not all"),
         (["--mask_ratio", "0"], "--mask_ratio 0.0: must mask some of the 16 blocks, not all"),
         (["--mask_patch_size", "32"], "must mask some of the 1 blocks, not all"),
+        (["--arch", "resnetv2_50"], "--arch resnetv2_50: must be a ResNet, a Swin or a ConvNeXt"),
         (["--arch", "legacy_seresnet18"], "--arch legacy_seresnet18: must be a ResNet"),
         (["--num_matches", "2"], "--num_matches 2: the last map has 1 positions"),
         (["--moco_k", "12"], "--moco_k 12: must be a multiple of twice the effective batch, 8, such as 8"),
@@ -171,7 +173,7 @@ BAD = [(script, *bad) for script in TRAINING for bad in BAD_TRAINING + BAD_METHO
 def places(scenes, tmp_path_factory):
     """Folders and files that bad input refers to by name."""
     root = tmp_path_factory.mktemp("places")
-    for name in ("EMPTY", "BROKEN", "SINGLE/a", "SINGLE/b", "FLAT"):
+    for name in ("EMPTY", "BROKEN", "SINGLE/a", "SINGLE/b", "FLAT", "SPLITS/training", "SPLITS/Test"):
         (root / name).mkdir(parents=True)
     (root / "BROKEN" / "x.png").write_text("no image")
     for name in ("a", "b"):
@@ -233,6 +235,7 @@ BAD_EVALUATION = [
     (["--nb_knn", "0"], "--nb_knn 0: must be"),
     (["--data_path", "/nonexistent"], "no such folder"),
     (["--data_path", "EMPTY"], "has 0 class folders"),
+    (["--data_path", "SPLITS"], "SPLITS holds Test, training, no classes; call them train and val"),
     (["--weights", "random"], "--weights random: give its --arch"),
     (["--weights", "RESNET", "--arch", "test_resnet"], "another arch?"),
     (["--weights", "RESNET"], "give its --arch"),

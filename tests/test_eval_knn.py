@@ -4,6 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -35,6 +36,34 @@ def test_votes_equal_the_definition_for_every_k(chunk_elements, temperature):
     assert predicted.shape == (4, 25)
     for row, k in zip(predicted, ks, strict=True):
         assert row.tolist() == [naive_vote(train, labels, query, k, temperature) for query in test]
+
+
+def test_a_small_temperature_leaves_the_nearest_their_weight():
+    """Even where exp((cosine - 1) / tau) is 0 in float32."""
+    train = F.normalize(torch.tensor([[-1.0, 0.1], [0.5, 1.0], [0.4, 1.0]]))
+    query = torch.tensor([[1.0, 0.0]])
+    assert eval_knn.knn_predict(train, torch.tensor([0, 1, 1]), query, [1, 2, 3], 0.002).tolist() == [[1]] * 3
+
+
+def test_a_constant_channel_spoils_no_image_stats():
+    x = torch.cat([features(4001, 2), torch.full((4001, 1), 0.1)], 1)
+    center, spread = eval_knn.center_and_spread(x)
+    standardised = (x - center) / spread
+    torch.testing.assert_close(standardised[:, :2].std(0), torch.ones(2))
+    torch.testing.assert_close(standardised[:, 2], torch.zeros(4001), atol=1e-5, rtol=0)
+
+
+def test_features_that_are_not_finite_are_refused(run, scenes, tmp_path, capsys):
+    state = timm.create_model("test_resnet", num_classes=0).state_dict()
+    torch.save(
+        {name: x * math.inf if name == "conv1.0.weight" else x for name, x in state.items()}, tmp_path / "x"
+    )
+    flags = ["--weights", tmp_path / "x", "--arch", "test_resnet", "--img_size", 32, "--num_workers", 0]
+    for script, more in (("eval_knn", ["--nb_knn", 3]), ("eval_linear", [])):
+        with pytest.raises(SystemExit) as stop:
+            run(script, "--data_path", scenes, "--output_dir", tmp_path, *flags, *more)
+        assert stop.value.code == 1 and "not all features are finite" in capsys.readouterr().err
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def lines_of(path):

@@ -286,13 +286,18 @@ def test_unreadable_images_are_left_out_of_the_prediction(run, scenes, tmp_path,
     path = next((scenes / "val").rglob("*.png"))
     for i in range(100):
         (new / f"{i:03}.png").write_bytes(path.read_bytes())
-    (new / "050.png").write_text("no image")
+    for i in (50, 60, 70):  # more than the 1 % that training and evaluation take
+        (new / f"{i:03}.png").write_text("no image")
     flags = ["--predict", new, "--weights", tmp_path / "out", "--output_dir", tmp_path / "out"]
     run("eval_linear", *flags, "--num_workers", "0", "--device", "cpu")
     captured = capsys.readouterr()
-    assert "99 of 100 images classified" in captured.out and "050.png" in captured.err
+    assert "97 of 100 images classified" in captured.out and "050.png" in captured.err
     text = (tmp_path / "out" / "predictions.csv").read_text()
     assert "049.png" in text and "050.png" not in text
+    for flag in ("--avgpool", "--per_class", "--finetune", "--protocol=paper", "--lr=1"):
+        with pytest.raises(SystemExit):
+            run("eval_linear", *flags, flag)
+        assert ": not with --predict" in capsys.readouterr().err
 
 
 FINETUNE = "--finetune --arch test_resnet --weights random --batch_size_per_gpu 4 --warmup_epochs 1".split()
