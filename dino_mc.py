@@ -111,7 +111,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--warmup_teacher_temp", type=float, default=0.04, help="tau_t at the start; lower if unstable")
     add("--warmup_teacher_temp_epochs", type=int, default=0, help="its length; 30 for long runs")
     add("--freeze_last_layer", type=int, default=1, help="epochs without gradient for the prototypes; more "
-        "if the loss does not fall at the start")
+        "if the loss does not fall at the start, 0 where there is one epoch")
     add("--global_crops_scale", type=float, nargs=2, default=(0.32, 1.0), help="area share; more: easier")
     add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.32), help="area share; more: easier")
     add("--local_crops_number", type=int, default=6, help="fewer save time; mc, tp: the smallest stay")
@@ -157,9 +157,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.warmup_teacher_temp_epochs > args.epochs:
         common.fail(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}: must not be more than "
                     f"--epochs {args.epochs}; 0 for short runs")
-    if args.freeze_last_layer >= args.epochs:
-        common.fail(f"--freeze_last_layer {args.freeze_last_layer}: must be less than --epochs "
-                    f"{args.epochs}, or the prototypes never learn; 0 for one epoch")
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not 0 < low <= high <= 1:

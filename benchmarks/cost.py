@@ -20,7 +20,7 @@ SHORT = """--img_size 64 --batch_size_per_gpu 16 --num_workers 1 --device cpu --
 BASES = {
     "dino_mc.py": "--arch resnet18 --local_crops_number 2 --out_dim 4096",
     "mhcl.py": "--arch resnet18 --moco_k 4096",
-    "cmid.py": "--arch resnet18 --moco_k 4096 --mask_patch_size 16",
+    "cmid.py": "--arch resnet18 --moco_k 4096 --mask_patch_size 16 --warmup_teacher_temp_epochs 0",
     "dspt_mae.py": """--arch vit_tiny_patch16_224 --patch_size 8 --decoder_dim 128 --decoder_depth 2
         --decoder_heads 4""",
 }

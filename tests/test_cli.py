@@ -100,7 +100,6 @@ BAD_METHOD = {
         (["--mode", "cm"], "argument --mode: invalid choice: 'cm'"),
         (["--mode", "tp", "--data_path", "FLAT"], "all images are in one folder"),
         (["--patch_size", "16"], "--img_size 32: its smallest local crop is under the patch, 16"),
-        (["--freeze_last_layer", "3"], "--freeze_last_layer 3: must be less than --epochs 3"),
         (
             ["--warmup_teacher_temp_epochs", "4"],
             "--warmup_teacher_temp_epochs 4: must not be more than --epochs 3",

@@ -390,8 +390,7 @@ def test_all_kinds_of_images_go_through_every_script(zoo, scenes, tmp_path, scri
     else:
         data = tmp_path / "train"
         queue = ["--moco_k", 100] if script in ("mhcl", "cmid") else []
-        free = ["--freeze_last_layer", 0] if script == "dino_mc" else []
-        flags = [*tiny(script), *queue, *free, *loading]
+        flags = [*tiny(script), *queue, *loading]
         flags += ["--epochs", 1, "--warmup_epochs", 0, "--log_every", 10]
     flags += ["--data_path", data] if script != "predict" else []
     name = "eval_linear" if script == "predict" else script
