@@ -334,6 +334,16 @@ def test_prediction_needs_a_head(run, capsys, scenes, tmp_path):
     refused(run, capsys, "eval_linear", [*base, "--weights", tmp_path], "head.pth: ")
 
 
+@pytest.mark.parametrize("script", TRAINING)
+def test_bf16_is_close_to_full_precision_and_another(train, tmp_path, script):
+    losses = {}
+    for amp in ("off", "bf16"):
+        train(tmp_path / amp, "--amp", amp, "--max_steps", "2", "--log_every", "1", script=script)
+        lines = [json.loads(line) for line in (tmp_path / amp / "log.jsonl").read_text().splitlines()]
+        losses[amp] = [line["loss"] for line in lines if "step" in line]
+    assert losses["bf16"] == pytest.approx(losses["off"], rel=0.02) and losses["bf16"] != losses["off"]
+
+
 def test_places_joined_before_a_resume_are_noticed(train, run, capsys, scenes, tmp_path):
     """As many images as before, fewer samples."""
     data = shutil.copytree(scenes / "locations", tmp_path / "data")
