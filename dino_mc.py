@@ -207,17 +207,17 @@ def local_sizes(mode: str, img_size: int, number: int, sizes: Sequence[int] | No
         sizes: None, one side for all, or one each.
         multiple: the backbone's patch; at another size than 224 sides are rounded down to it.
     """
+    if img_size % multiple:
+        common.fail(f"--img_size {img_size}: must be a multiple of the patch, {multiple}")
     if sizes:
         result = list(sizes) * (number if len(sizes) == 1 else 1)
     else:
         result = [DINO_SIZE] * number if mode == "dino" else list(MC_SIZES[len(MC_SIZES) - number:])
         if img_size != 224:
             result = [size * img_size // 224 // multiple * multiple for size in result]
-    if img_size % multiple:
-        common.fail(f"--img_size {img_size}: must be a multiple of the patch, {multiple}")
-    if not sizes and result and min(result) < multiple:
-        common.fail(f"--img_size {img_size}: its smallest local crop is under the patch, {multiple}; take a "
-                    "larger --img_size, a smaller --patch_size or less --local_crops_number")
+        if min(result, default=multiple) < multiple:
+            common.fail(f"--img_size {img_size}: its smallest local crop is under the patch, {multiple}; "
+                        "take a larger --img_size, a smaller --patch_size or less --local_crops_number")
     for size in result:
         if not multiple <= size <= img_size:
             common.fail(f"--local_crops_size {size}: must be between the patch, {multiple}, and --img_size, "

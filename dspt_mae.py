@@ -182,25 +182,20 @@ class CropDataset(torch.utils.data.Dataset):
         return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
-def measure_pixels(paths: list[str], in_chans: int) -> tuple[torch.dtype, list, list]:
-    """The dtype of the images; mean and std of each channel over up to 32 of them, evenly spaced."""
+def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
+    """The images' dtype; fails when --mean and --std are far from these channels', and says what they are."""
     dtypes, pixels = [], []
-    for path in paths[:: math.ceil(len(paths) / 32)]:
-        try:
-            image = common.read_pixels(path, in_chans)
-        except common.UnreadableImageError:
-            continue
+
+    def read(path: str) -> Tensor:
+        image = common.read_pixels(path, args.in_chans)
         k = math.ceil(math.sqrt(image[0].numel() / 2**16))  # a grid of about 65,536 pixels at most
         dtypes.append(image.dtype)
         pixels.append(common.to_float(image[:, ::k, ::k]).flatten(1))
-    pixels = torch.cat(pixels, 1)
-    return dtypes[0], pixels.mean(1).tolist(), pixels.std(1).tolist()
+        return image
 
-
-def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
-    """The images' dtype; fails when --mean and --std are far from these channels', and says what they are."""
-    common.check_images(paths, min(args.img_size), partial(common.read_pixels, in_chans=args.in_chans))
-    dtype, own_mean, own_std = measure_pixels(paths, args.in_chans)
+    common.check_images(paths, min(args.img_size), read)  # up to 32 of them
+    sample = torch.cat(pixels, 1)
+    dtype, own_mean, own_std = dtypes[0], sample.mean(1).tolist(), sample.std(1).tolist()
     fits = len(args.mean) == len(args.std) == args.in_chans
     for mean, std, m, s in zip(args.mean, args.std, own_mean, own_std, strict=False):
         fits &= abs(m - mean) < 10 * std and s < 10 * std and (std < 10 * s or s == 0)

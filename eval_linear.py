@@ -681,10 +681,8 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
         vars(args).update(zip(("img_size", "mean", "std", "arch"), prepared[0][1:5], strict=True))
     elif (out / "checkpoint.pth").is_file():
         common.fail(f"--output_dir {out}: holds a training run, whose backbone would be replaced")
-    models = [backbone for backbone, *_ in prepared]
-    if not args.finetune:
-        models = [with_features(model, name, args.n_last_blocks, args.avgpool)
-                  for model, name in zip(models, args.weights, strict=True)]
+    models = [backbone if args.finetune else with_features(backbone, name, args.n_last_blocks, args.avgpool)
+              for name, (backbone, *_) in zip(args.weights, prepared, strict=True)]
     for name, model, (backbone, img_size, mean, std, arch, report) in zip(args.weights, models, prepared,
                                                                          strict=True):
         began = time.perf_counter()
