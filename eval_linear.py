@@ -591,7 +591,7 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     except ValueError as error:
         common.fail(f"--weights {source}: head.pth: {error}")
     state, info = common.read_weights(str(source))
-    args.img_size = args.img_size or head["img_size"]
+    args.img_size = args.img_size or head.get("img_size")  # older heads have none
     backbone, img_size, mean, std, _, report = prepare(str(source), state, info, args)
     if head["n_last_blocks"]:
         backbone = LastBlocks(backbone, head["n_last_blocks"], head["avgpool"])
