@@ -866,8 +866,8 @@ def main() -> None:
             log.write(step, {"epoch": epochs, **meter.summary(step, effective_batch), **values})
             if process.is_main:
                 draw_reconstruction()
-        if saving:
-            save(step)
+            if saving:
+                save(step)
             meter.restart()
         log.advance()
         return stopping and step < end_step

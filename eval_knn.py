@@ -364,12 +364,12 @@ def main() -> None:
                       "img_size": img_size, "temperature": args.temperature, "amp": args.amp,
                       "seed": args.seed, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
+        if process.is_main:
+            with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
     if process.is_main:
         print_table(lines, classes)
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        print(text, end="", flush=True)
-        with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
-            file.write(text)
+        print("\n".join(map(json.dumps, lines)), flush=True)
     if process.world_size > 1:
         dist.destroy_process_group()
 

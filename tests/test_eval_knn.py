@@ -54,16 +54,28 @@ def test_a_constant_channel_spoils_no_image_stats():
 
 
 def test_features_that_are_not_finite_are_refused(run, scenes, tmp_path, capsys):
+    """And what was measured before stays."""
     state = timm.create_model("test_resnet", num_classes=0).state_dict()
     torch.save(
         {name: x * math.inf if name == "conv1.0.weight" else x for name, x in state.items()}, tmp_path / "x"
     )
-    flags = ["--weights", tmp_path / "x", "--arch", "test_resnet", "--img_size", 32, "--num_workers", 0]
+    flags = ["--arch", "test_resnet", "--img_size", 32, "--num_workers", 0]
     for script, more in (("eval_knn", ["--nb_knn", 3]), ("eval_linear", [])):
         with pytest.raises(SystemExit) as stop:
-            run(script, "--data_path", scenes, "--output_dir", tmp_path, *flags, *more)
+            run(
+                script,
+                "--data_path",
+                scenes,
+                "--output_dir",
+                tmp_path / script,
+                *flags,
+                *more,
+                "--weights",
+                "image_stats",
+                tmp_path / "x",
+            )
         assert stop.value.code == 1 and "not all features are finite" in capsys.readouterr().err
-    assert not (tmp_path / "results.jsonl").exists()
+        assert [line["weights"] for line in lines_of(tmp_path / script)] == ["image_stats"]
 
 
 def lines_of(path):
