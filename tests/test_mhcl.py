@@ -25,7 +25,7 @@ def unit(*shape, seed=0):
     return F.normalize(x, dim=-1)
 
 
-def make_loss(weights=WEIGHTS, C=6, K=12, t=0.2):
+def make_loss(weights=(*mhcl.WEIGHTS, *mhcl.HARD_WEIGHTS), C=6, K=12, t=0.2):
     torch.manual_seed(3)
     return MHCLLoss(weights, C, K, t)
 
@@ -333,7 +333,7 @@ def setup_step(script_flags=()):
     encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
     for p in encoder_k.parameters():
         p.add_(0.01 * torch.randn(p.shape))  # so that q and k differ from the first step on
-    loss = MHCLLoss(WEIGHTS if args.mhcl else (1.0,), 8, 24, args.moco_t)
+    loss = make_loss((*mhcl.WEIGHTS, *mhcl.HARD_WEIGHTS) if args.mhcl else (1.0,), 8, 24, args.moco_t)
     groups = common.param_groups(encoder_q)
     optimizer = timm.optim.create_optimizer_v2(groups, "momentum", lr=1.0, weight_decay=0.1, momentum=0.9)
     crops = [
