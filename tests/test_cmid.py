@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, assert_same_state, tiny
+import torchvision.transforms.functional as TF
+from conftest import assert_same, assert_same_colours, assert_same_state, tiny, torchvision_jitter
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
@@ -273,15 +274,34 @@ def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
 
 
 def test_first_view_keeps_its_colour_and_second_is_changed_image_by_image():
-    crops = torch.randint(256, (200, 2, 3, 16, 16), generator=torch.Generator().manual_seed(0)).byte()
-    x1, x2 = cmid.color_views(crops, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD, 0)
+    """The same draws through torchvision's operations: jitter, blur, noise, solarize, grey."""
+    N, seed = 60, 7
+    crops = torch.randint(256, (N, 2, 3, 24, 24), generator=torch.Generator().manual_seed(0)).byte()
+    x1, x2 = cmid.color_views(crops, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD, seed)
     expected = common.normalize(crops[:, 0].float() / 255, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD)
     torch.testing.assert_close(x1, expected)
-    again = cmid.color_views(crops, (0, 0, 0), (1, 1, 1), 0)[1]
-    assert torch.equal(again, cmid.color_views(crops, (0, 0, 0), (1, 1, 1), 0)[1])
-    assert 0 <= again.min() and again.max() <= 1
-    gray = (again.amax(1) - again.amin(1)).amax((1, 2)) < 1e-5
-    assert gray.float().mean().item() == pytest.approx(0.2, abs=0.08)
+
+    generator = torch.Generator().manual_seed(seed)
+    where, factors, order = common.draw_color_jitter((0.4, 0.4, 0.2, 0.1), torch.full((N,), 0.8), generator)
+    sigma = torch.empty(N).uniform_(0.1, 2, generator=generator)
+    variance = torch.empty(N).uniform_(10, 50, generator=generator)
+    noisy, solarized, gray = (common.bernoulli(torch.full((N,), p), generator) for p in (0.6, 0.2, 0.2))
+    noise_seed = common.stream_seed(seed, "noise")
+    noise = torch.randn(N, 3, 24, 24, generator=torch.Generator().manual_seed(noise_seed))
+    for i in range(N):
+        x = crops[i, 1].float() / 255
+        if where[i]:
+            x = torchvision_jitter(x, factors[i], order[i])
+        x = TF.gaussian_blur(x, [13, 13], [sigma[i].item()] * 2)
+        if noisy[i]:
+            x = (255 * x + variance[i].sqrt() * noise[i]).clamp(0, 255) / 255
+        if solarized[i]:
+            x = TF.solarize(x, 128 / 255)
+        if gray[i]:
+            x = TF.rgb_to_grayscale(x, 3)
+        x = TF.normalize(x, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD)
+        assert_same_colours(x2[i], x)
+    assert all(0 < chosen.sum() < N for chosen in (where, noisy, solarized, gray))
 
 
 def test_noise_has_the_given_deviation_where_it_is_wanted():

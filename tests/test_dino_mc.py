@@ -8,7 +8,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, assert_same_state, tiny
+import torchvision.transforms.functional as TF
+from conftest import assert_same, assert_same_colours, assert_same_state, tiny, torchvision_jitter
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode
@@ -309,6 +310,39 @@ def test_views_without_colour_are_the_normalised_crops():
         torch.testing.assert_close(
             view, common.normalize(crop / 255, common.IMAGENET_MEAN, common.IMAGENET_STD)
         )
+
+
+@pytest.mark.parametrize("mode", ["mc", "tp"])
+def test_colour_is_torchvisions_sample_by_sample(mode):
+    """The same draws through torchvision's operations: jitter, grey, blur, solarize."""
+    B, views = 20, views_of(mode)
+    crops = [torch.randint(256, (B, 3, view.size, view.size), dtype=torch.uint8) for view in views]
+    groups = dino_mc.color_views(crops, views, (0, 0, 0), (1, 1, 1), torch.Generator().manual_seed(0))
+    generator, T, changed = torch.Generator().manual_seed(0), 3 if mode == "tp" else 2, 0
+    for group, members in zip(groups, (range(T), [T], [T + 1]), strict=True):
+
+        def chances(name, members=members):
+            return torch.tensor([getattr(views[v], name) for v in members]).repeat_interleave(B)
+
+        where, factors, order = common.draw_color_jitter(
+            views[members[0]].jitter, chances("p_jitter"), generator
+        )
+        gray = common.bernoulli(chances("p_gray"), generator)
+        sigma = torch.empty(len(group)).uniform_(0.1, 2, generator=generator)
+        blurred = common.bernoulli(chances("p_blur"), generator)
+        solarized = common.bernoulli(chances("p_solarize"), generator)
+        for i, x in enumerate(torch.cat([crops[v] for v in members]).float() / 255):
+            if where[i]:
+                x = torchvision_jitter(x, factors[i], order[i])
+            if gray[i]:
+                x = TF.rgb_to_grayscale(x, 3)
+            if blurred[i]:
+                x = TF.gaussian_blur(x, [13, 13], [sigma[i].item()] * 2)
+            if solarized[i]:
+                x = TF.solarize(x, 128 / 255)
+            assert_same_colours(group[i], x)
+            changed += bool(where[i] and gray[i] and blurred[i])
+    assert changed
 
 
 def colored(mode, **changes):
