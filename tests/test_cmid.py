@@ -275,7 +275,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
 
 def test_first_view_keeps_its_colour_and_second_is_changed_image_by_image():
     """The same draws through torchvision's operations: jitter, blur, noise, solarize, grey."""
-    N, seed = 60, 7
+    N, seed = 100, 0
     crops = torch.randint(256, (N, 2, 3, 24, 24), generator=torch.Generator().manual_seed(0)).byte()
     x1, x2 = cmid.color_views(crops, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD, seed)
     expected = common.normalize(crops[:, 0].float() / 255, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD)
@@ -301,7 +301,7 @@ def test_first_view_keeps_its_colour_and_second_is_changed_image_by_image():
             x = TF.rgb_to_grayscale(x, 3)
         x = TF.normalize(x, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD)
         assert_same_colours(x2[i], x)
-    assert all(0 < chosen.sum() < N for chosen in (where, noisy, solarized, gray))
+    assert (where & noisy & solarized & gray).any() and not (where | noisy | solarized | gray).all()
 
 
 def test_noise_has_the_given_deviation_where_it_is_wanted():
