@@ -577,6 +577,22 @@ def test_whole_run_writes_everything(train, tmp_path):
     assert Image.open(tmp_path / "reconstruction.png").size == (3 * 34 + 2, 4 * 34 + 2)
 
 
+def test_schedules_and_optimizer_are_the_papers(train, tmp_path):
+    """Cosines over all 21 steps, the rate's after an epoch's linear warm-up; no decay on biases and norms."""
+    saved = train(tmp_path, "--log_every", "1", "--lr", "0.16", "--min_lr", "0.001", script="cmid")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    rates = [0.01 * step / 7 for step in range(7)]  # .16 * 4 / 64
+    rates += [0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * step / 14)) for step in range(14)]
+    assert [line["lr"] for line in lines] == pytest.approx(rates)
+    momenta = [1 - 0.004 * 0.5 * (1 + math.cos(math.pi * step / 21)) for step in range(21)]
+    assert [line["momentum"] for line in lines] == pytest.approx(momenta)
+    groups = saved["optimizer"]["param_groups"]
+    assert [(g["betas"], g["weight_decay"]) for g in groups] == [
+        ((0.98, 0.92, 0.99), 0.02),
+        ((0.98, 0.92, 0.99), 0),
+    ]
+
+
 @pytest.mark.parametrize("flags", [[], ["--accum_steps", "2", "--arch", "test_convnext"]])
 def test_resumed_run_equals_the_unbroken_one(train, tmp_path, flags):
     unbroken = train(tmp_path / "a", *flags, "--num_workers", "2", "--max_steps", "8", script="cmid")

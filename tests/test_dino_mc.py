@@ -580,6 +580,23 @@ def test_whole_run_writes_everything(train, tmp_path, arch, flags, data, steps):
     assert picture.size == (4 * 34 + 2, 4 * 34 + 2)  # 4 images, 2 global and 2 local views
 
 
+def test_schedules_and_optimizer_are_the_papers(train, tmp_path):
+    """Cosines over all 21 steps, the rate's after an epoch's linear warm-up; no decay on biases and norms."""
+    saved = train(tmp_path, "--log_every", "1", "--lr", "0.64", "--min_lr", "0.001")
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    waves = [0.5 * (1 + math.cos(math.pi * step / 21)) for step in range(21)]
+    rates = [0.01 * step / 7 for step in range(7)]  # .64 * 4 / 256
+    rates += [0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * step / 14)) for step in range(14)]
+    assert [line["lr"] for line in lines] == pytest.approx(rates)
+    assert [line["weight_decay"] for line in lines] == pytest.approx([0.4 - 0.36 * wave for wave in waves])
+    assert [line["momentum"] for line in lines] == pytest.approx([1 - 0.004 * wave for wave in waves])
+    groups = saved["optimizer"]["param_groups"]
+    assert [(g["betas"], g["weight_decay"]) for g in groups] == [
+        ((0.9, 0.999), pytest.approx(0.4 - 0.36 * waves[-1])),
+        ((0.9, 0.999), 0),
+    ]
+
+
 @pytest.mark.parametrize("stop", [7, 10])  # 7 steps an epoch: its end, and the middle of the next
 @pytest.mark.parametrize(
     "flags",

@@ -48,6 +48,39 @@ def test_command_parses(script, words):
         SCRIPTS[script].check_args(args)
 
 
+PAPERS = {  # what the authors' codes take, from the specification of the methods
+    "dino_mc.py": """--mode mc --img_size 224 --mean .485 .456 .406 --std .229 .224 .225 --drop_path .1
+        --global_crops_scale .32 1 --local_crops_scale .05 .32 --local_crops_number 6 --out_dim 65536
+        --norm_last_layer --no-use_bn_in_head --student_temp .1 --warmup_teacher_temp .04 --teacher_temp .04
+        --warmup_teacher_temp_epochs 0 --momentum_teacher .996 --freeze_last_layer 1 --clip_grad 3
+        --optimizer adamw --lr 5e-4 --min_lr 1e-6 --warmup_epochs 10 --weight_decay .04 --weight_decay_end .4
+        --epochs 300""",
+    "mhcl.py": """--arch resnet50 --img_size 224 --mhcl --mlp --aug_plus --moco_dim 128 --moco_k 65536
+        --moco_m .99 --moco_t .2 --a 1 --b .1 --optimizer sgd --lr .03 --cos --schedule 120 160
+        --warmup_epochs 0 --weight_decay 1e-4 --batch_size_per_gpu 128 --epochs 800""",
+    "cmid.py": """--arch resnet50 --img_size 224 --mean .33797 .3605 .3348 --std .1359 .1352 .1407
+        --mask_patch_size 32 --mask_ratio .6 --mask_stage 0 --loss_weights 1 1 1 --momentum .996
+        --moco_k 65536 --moco_t .2 --local_dim 2048 --student_temp .1 --warmup_teacher_temp .04
+        --teacher_temp .07 --warmup_teacher_temp_epochs 50 --optimizer adan --lr 1e-3 --min_lr 1e-6
+        --warmup_epochs 10 --weight_decay .02 --batch_size_per_gpu 64 --epochs 200""",
+    "dspt_mae.py": """--arch vit_base_patch16_224 --img_size 224 --mask_ratio .75 --norm_pix_loss
+        --decoder_dim 512 --decoder_depth 8 --decoder_heads 16 --lr 1.5e-4 --min_lr 0 --warmup_epochs 40
+        --weight_decay .05 --batch_size_per_gpu 64 --epochs 1600""",
+    "eval_knn.py": "--nb_knn 10 20 100 200 --temperature .07",
+}
+
+
+@pytest.mark.parametrize("script", PAPERS)
+def test_defaults_are_the_papers(script):
+    needed = ["--data_path", "x", "--output_dir", "x"] + ["--weights", "w"] * (script == "eval_knn.py")
+
+    def parse(words):
+        args = vars(SCRIPTS[script].get_parser().parse_args([*needed, *words]))
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in args.items()}
+
+    assert parse(PAPERS[script].split()) == parse([])
+
+
 def test_python_of_the_readme_compiles():
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
         compile(block, "README.md", "exec")

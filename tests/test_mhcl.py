@@ -509,6 +509,9 @@ def test_learning_rate_is_a_cosine_or_falls_in_steps(train, tmp_path):
     assert cosine == pytest.approx(expected)
     steps = learning_rates(train, tmp_path / "steps", "--no-cos", "--schedule", "1", "2")
     assert steps == pytest.approx([0.01] * 7 + [0.001] * 7 + [0.0001] * 7)
+    saved = common.load_checkpoint(tmp_path / "cos" / "checkpoint.pth")
+    groups = [(g["momentum"], g["nesterov"], g["weight_decay"]) for g in saved["optimizer"]["param_groups"]]
+    assert groups == [(0.9, False, 1e-4), (0.9, False, 0)]
     warm = learning_rates(train, tmp_path / "warm", "--no-cos", "--schedule", "2", "--warmup_epochs", "1")
     assert warm == pytest.approx([0.01 * step / 7 for step in range(7)] + [0.01] * 7 + [0.001] * 7)
 
