@@ -367,6 +367,26 @@ def test_finetuning_learns(run, scenes, tmp_path):
     assert results_of(tmp_path / "out")[0]["top1"] >= 80
 
 
+def test_finetuning_regularises_as_asked_and_follows_its_schedule(run, scenes, tmp_path):
+    """Each flag alone changes the loss of the first batch, whose images and weights are the same."""
+
+    def lines(*flags, steps=1):
+        out = tmp_path / "_".join(flags or ["plain"])
+        more = ["--max_steps", steps, "--log_every", "1", "--lr", ".64", "--min_lr", ".001", *flags]
+        run(
+            "eval_linear", *flags_of(scenes, out, *FINETUNE, "--arch", "test_vit", "--patch_size", "8", *more)
+        )
+        return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
+
+    plain = lines(steps=21)
+    rates = [0.01 * step / 7 for step in range(7)]  # .64 * 4 / 256
+    rates += [0.001 + 0.0045 * (1 + math.cos(math.pi * step / 14)) for step in range(14)]
+    assert [line["lr"] for line in plain] == pytest.approx(rates)
+    assert lines("--mixup", "0")[0]["loss"] == plain[0]["loss"]
+    for flag, value in zip(REGULARISED[::2], REGULARISED[1::2], strict=True):
+        assert lines(flag, "1" if flag == "--erase" else value)[0]["loss"] != plain[0]["loss"], flag
+
+
 def test_layer_decay_lowers_the_rate_of_early_layers(run, scenes, tmp_path):
     vit = ["--arch", "test_vit", "--patch_size", "8", "--layer_decay", ".5", "--max_steps", "4"]
     run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, *vit, "--log_every", "1"))
