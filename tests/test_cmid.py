@@ -577,6 +577,18 @@ def test_whole_run_writes_everything(train, tmp_path):
     assert Image.open(tmp_path / "reconstruction.png").size == (3 * 34 + 2, 4 * 34 + 2)
 
 
+def test_20_of_49_positions_are_matched(run, tmp_path):
+    (tmp_path / "data").mkdir()
+    for i in range(2):
+        save_image(torch.rand(3, 224, 224), tmp_path / "data" / f"{i}.png")
+    for size, expected in ((224, 20), (64, 2)):
+        flags = ["--img_size", size, "--batch_size_per_gpu", 2, "--moco_k", 4, "--max_steps", 1]
+        flags = tiny("cmid", "--data_path", tmp_path / "data", "--output_dir", tmp_path / str(size), *flags)
+        run("cmid", *flags)
+        header = json.loads((tmp_path / str(size) / "log.jsonl").read_text().splitlines()[0])
+        assert header["num_matches"] == expected and header["positions"] == (size // 32) ** 2
+
+
 def test_schedules_and_optimizer_are_the_papers(train, tmp_path):
     """Cosines over all 21 steps, the rate's after an epoch's linear warm-up; no decay on biases and norms."""
     saved = train(tmp_path, "--log_every", "1", "--lr", "0.16", "--min_lr", "0.001", script="cmid")

@@ -185,6 +185,22 @@ def test_learning_rate_is_chosen_without_the_test_images(scenes):
     assert first[0]["held_out_top1"][f"{first[0]['lr']:g}"] == best
 
 
+def test_heads_to_choose_from_do_not_see_the_held_out_images(scenes, monkeypatch):
+    trained_on = []
+    train_heads = eval_linear.train_heads
+
+    def noting(features_at, labels, index, *more):
+        trained_on.append((index, labels))
+        return train_heads(features_at, labels, index, *more)
+
+    monkeypatch.setattr(eval_linear, "train_heads", noting)
+    probe(scenes, resnet(), "--lrs", 1, 10)
+    (choosing, labels), (everything, _) = trained_on
+    held = eval_linear.held_out(labels, eval_linear.HELD_OUT, 0)
+    assert torch.equal(choosing, (~held).nonzero().flatten()) and held.sum() == 10
+    assert torch.equal(everything, torch.arange(30))
+
+
 def test_head_of_the_chosen_rate_is_trained_on_all_images(scenes):
     result, confusion, (weight, bias) = probe(scenes, resnet(), "--lrs", 1, 10, "--batch_size", 8)
     again = probe(scenes, resnet(), "--lrs", result["lr"], "--batch_size", 8)
