@@ -3,6 +3,7 @@
 import atexit
 import contextlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -203,6 +204,12 @@ def wait_for(process, log, step, seconds=60):
             return
         time.sleep(0.1)
     raise AssertionError("no progress")
+
+
+def warm_cosine():
+    """The rate of each of 21 steps: 7 of warm-up to .01, then a cosine to .001."""
+    falling = [0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * step / 14)) for step in range(14)]
+    return [0.01 * step / 7 for step in range(7)] + falling
 
 
 def torchvision_jitter(image, factors, order):

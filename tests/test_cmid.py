@@ -7,7 +7,14 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from conftest import assert_same, assert_same_colours, assert_same_state, tiny, torchvision_jitter
+from conftest import (
+    assert_same,
+    assert_same_colours,
+    assert_same_state,
+    tiny,
+    torchvision_jitter,
+    warm_cosine,
+)
 from PIL import Image, ImageDraw
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import save_image
@@ -301,6 +308,11 @@ def test_first_view_keeps_its_colour_and_second_is_changed_image_by_image():
             x = TF.rgb_to_grayscale(x, 3)
         x = TF.normalize(x, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD)
         assert_same_colours(x2[i], x)
+    again = cmid.color_views(crops, (0, 0, 0), (1, 1, 1), seed)[1]
+    assert torch.equal(again, cmid.color_views(crops, (0, 0, 0), (1, 1, 1), seed)[1])
+    assert 0 <= again.min() and again.max() <= 1
+    is_gray = (again.amax(1) - again.amin(1)).amax((1, 2)) < 1e-5
+    assert is_gray.float().mean().item() == pytest.approx(0.2, abs=0.08)
     assert (where & noisy & solarized & gray).any() and not (where | noisy | solarized | gray).all()
 
 
@@ -593,9 +605,7 @@ def test_schedules_and_optimizer_are_the_papers(train, tmp_path):
     """Cosines over all 21 steps, the rate's after an epoch's linear warm-up; no decay on biases and norms."""
     saved = train(tmp_path, "--log_every", "1", "--lr", "0.16", "--min_lr", "0.001", script="cmid")
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
-    rates = [0.01 * step / 7 for step in range(7)]  # .16 * 4 / 64
-    rates += [0.001 + 0.009 * 0.5 * (1 + math.cos(math.pi * step / 14)) for step in range(14)]
-    assert [line["lr"] for line in lines] == pytest.approx(rates)
+    assert [line["lr"] for line in lines] == pytest.approx(warm_cosine())  # .16 * 4 / 64
     momenta = [1 - 0.004 * 0.5 * (1 + math.cos(math.pi * step / 21)) for step in range(21)]
     assert [line["momentum"] for line in lines] == pytest.approx(momenta)
     groups = saved["optimizer"]["param_groups"]

@@ -59,21 +59,11 @@ def test_features_that_are_not_finite_are_refused(run, scenes, tmp_path, capsys)
     torch.save(
         {name: x * math.inf if name == "conv1.0.weight" else x for name, x in state.items()}, tmp_path / "x"
     )
-    flags = ["--arch", "test_resnet", "--img_size", 32, "--num_workers", 0]
+    flags = ["--data_path", scenes, "--arch", "test_resnet", "--img_size", 32, "--num_workers", 0]
+    flags += ["--weights", "image_stats", tmp_path / "x"]
     for script, more in (("eval_knn", ["--nb_knn", 3]), ("eval_linear", [])):
         with pytest.raises(SystemExit) as stop:
-            run(
-                script,
-                "--data_path",
-                scenes,
-                "--output_dir",
-                tmp_path / script,
-                *flags,
-                *more,
-                "--weights",
-                "image_stats",
-                tmp_path / "x",
-            )
+            run(script, *flags, *more, "--output_dir", tmp_path / script)
         assert stop.value.code == 1 and "not all features are finite" in capsys.readouterr().err
         assert [line["weights"] for line in lines_of(tmp_path / script)] == ["image_stats"]
 

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, assert_same_state
+from conftest import assert_same, assert_same_state, warm_cosine
 from PIL import Image
 
 import common
@@ -395,9 +395,7 @@ def test_finetuning_regularises_as_asked_and_follows_its_schedule(run, scenes, t
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
 
     plain = lines(steps=21)
-    rates = [0.01 * step / 7 for step in range(7)]  # .64 * 4 / 256
-    rates += [0.001 + 0.0045 * (1 + math.cos(math.pi * step / 14)) for step in range(14)]
-    assert [line["lr"] for line in plain] == pytest.approx(rates)
+    assert [line["lr"] for line in plain] == pytest.approx(warm_cosine())  # .64 * 4 / 256
     assert lines("--mixup", "0")[0]["loss"] == plain[0]["loss"]
     for flag, value in zip(REGULARISED[::2], REGULARISED[1::2], strict=True):
         assert lines(flag, "1" if flag == "--erase" else value)[0]["loss"] != plain[0]["loss"], flag
