@@ -365,13 +365,18 @@ def main() -> None:
                       "seed": args.seed, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
-            with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            append_result(out, lines[-1])
     if process.is_main:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)), flush=True)
     if process.world_size > 1:
         dist.destroy_process_group()
+
+
+def append_result(out: Path, line: dict) -> None:
+    """Adds a line to results.jsonl in `out`, once it is measured: a later failure loses none."""
+    with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def print_table(lines: list[dict], classes: list[str]) -> None:

@@ -64,6 +64,7 @@ from eval_knn import (
     BASELINES,
     ImageStats,
     LabelledImages,
+    append_result,
     center_and_spread,
     extract_features,
     load_split,
@@ -712,8 +713,7 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
                       "settings": settings, **result, **figures,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
-            with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            append_result(out, lines[-1])
     if process.is_main:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)))
