@@ -1137,12 +1137,13 @@ class Run:
                               self.start_step, self.stop_step)
         return build_loader(dataset, sampler, args.num_workers, process.device)
 
-    def steps(self, loader: torch.utils.data.DataLoader, floors: dict[str, float] | None = None,
-              advice: str = "", **header: object) -> Iterator[int]:
+    def steps(self, loader: torch.utils.data.DataLoader, init: str | list[str] = (),
+              floors: dict[str, float] | None = None, advice: str = "", **header: object) -> Iterator[int]:
         """Yields the steps that are left; ends early after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C.
 
         Args:
             loader: of `Run.loader`.
+            init: a line, or lines, on where the weights come from; printed first.
             floors: health figures, and the value that a collapsed network is below. One that stays below for
                 a tenth of the run, and five lines, brings one warning with `advice`.
             advice: what to try then.
@@ -1159,8 +1160,10 @@ class Run:
         self.advice, self.below = advice, {name: [] for name in self.floors}
         self.versions, self.saved_at = versions(), time.monotonic()
         if self.process.is_main:
+            for line in [init] if isinstance(init, str) else init:
+                print(line)
             print("  ".join(f"{name} {value}" for name, value in derived.items()), flush=True)
-            self._begin_log({"argv": sys.argv, "versions": self.versions, **derived})
+            self._begin_log({"argv": sys.argv, "versions": self.versions, "init": init, **derived})
         self.bar = tqdm(total=self.stop_step, initial=self.start_step, unit="step", dynamic_ncols=True,
                         disable=not (self.process.is_main and sys.stderr.isatty()))
         ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}

@@ -508,9 +508,9 @@ def train(args: argparse.Namespace, process: Process) -> None:
 
     loader = run.loader(PairDataset(paths, args.img_size, args.seed))
     advice = "Try a lower --lr, more --warmup_epochs, or a larger --moco_m"
-    header = {"init": init, "bn_groups": bn_groups, "scaled_lr": args.lr * run.effective_batch / 256,
+    header = {"bn_groups": bn_groups, "scaled_lr": args.lr * run.effective_batch / 256,
               "queue_epochs": args.moco_k / len(paths), "chance_cross_entropy": math.log(args.moco_k + 1)}
-    for step in run.steps(loader, {"feature_std": 0.05}, advice, **header):
+    for step in run.steps(loader, init, {"feature_std": 0.05}, advice, **header):
         lr = learning_rate(step, run, args)
         common.set_lr(optimizer, lr)
         colour = common.generator(args.seed, "colour", step, process.rank)
