@@ -35,8 +35,9 @@ Differs from the authors' code:
 - they add normalised offsets to positions as if they were pixels, so most of their pairs are not neighbours;
 - both views' keys enter the queue once (theirs: once per process); the centre's mean is over all processes;
 - both views go through the encoders, and their BatchNorm, as one batch; no weight decay on biases and norms;
-- the frequency loss compares mean spectra of a process's micro-batch; the rate's cosine follows its warm-up;
-- tau_b warms up for a tenth of the epochs, 50 at most; of ConvNeXt the map is taken before the last norm;
+- the frequency loss compares mean spectra of a process's micro-batch; the first moving average and tau_b are
+  one step apart from theirs; tau_b warms up for a quarter of the epochs, 50 at most; of ConvNeXt the map is
+  taken before the last norm;
 - colour and noise are made on the device; queue, centre and all draws survive a resume.
 
 In OUT: checkpoint.pth, backbone/ (the online encoder's, for timm; its BatchNorm has the statistics of masked
@@ -111,7 +112,7 @@ def get_parser() -> argparse.ArgumentParser:
         "local loss stays at ln of --local_dim")
     add("--warmup_teacher_temp", type=positive(float), default=0.04, help="tau_b at first; lower if unstable")
     add("--warmup_teacher_temp_epochs", type=not_negative(int), help="of tau_b; default: 50, but at most a "
-        "tenth of --epochs")
+        "quarter of --epochs")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=200, help="length of all schedules; small data needs more")
@@ -131,8 +132,9 @@ def get_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 10, args.epochs)
-    warmup = int(common.default_warmup(args.warmup_teacher_temp_epochs, 50, args.epochs))
-    args.warmup_teacher_temp_epochs = warmup
+    if args.warmup_teacher_temp_epochs is None:
+        args.warmup_teacher_temp_epochs = min(50, args.epochs // 4)
+    warmup = args.warmup_teacher_temp_epochs
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
     if warmup > args.epochs:
@@ -594,13 +596,16 @@ def build_encoders(args: argparse.Namespace, process: Process) -> tuple[OnlineEn
 
 
 def schedules(step: int, run: common.Run, args: argparse.Namespace) -> tuple[float, float, float]:
-    """Learning rate, momentum of the branch encoder and tau_b of a step."""
-    lr, warmup_steps = args.lr * run.effective_batch / 64, round(args.warmup_epochs * run.steps_per_epoch)
-    lr = common.cosine_schedule(lr, args.min_lr, step, run.total_steps, warmup_steps)
+    """Learning rate, momentum of the branch encoder and its temperature at a step."""
+    # A cosine over all steps, times a ramp from a hundredth over the first W; W = 0: no ramp.
+    lr = common.cosine_schedule(args.lr * run.effective_batch / 64, args.min_lr, step, run.total_steps)
+    W = round(args.warmup_epochs * run.steps_per_epoch)
+    if step < W:
+        lr *= 1 - (1 - step / W) * (1 - 0.01)
     momentum = common.cosine_schedule(args.momentum, 1.0, step, run.total_steps)
     epoch, warmup, temp = step // run.steps_per_epoch, args.warmup_teacher_temp_epochs, args.teacher_temp
-    if epoch < warmup:  # linear, epoch by epoch
-        temp = args.warmup_teacher_temp + (args.teacher_temp - args.warmup_teacher_temp) * (epoch / warmup)
+    if epoch < warmup:  # evenly spaced, epoch by epoch, from the first value to the last
+        temp = args.warmup_teacher_temp + (temp - args.warmup_teacher_temp) * epoch / max(1, warmup - 1)
     return lr, momentum, temp
 
 
