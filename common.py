@@ -14,6 +14,7 @@ import copy
 import difflib
 import gc
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -26,10 +27,12 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
 import numpy as np
 import safetensors.torch
@@ -521,6 +524,309 @@ def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
 
 
 # --------------------------------------------------------------------------------------------------
+# Anybody's PyTorch files, read without running anything of them
+# --------------------------------------------------------------------------------------------------
+
+
+class RefusedFileError(ValueError):
+    """A file that is not damaged, and still not read; the message says why, and what to do."""
+
+
+class Placeholder:
+    """Stands for what load_checkpoint leaves in the file: all but tensors, containers, numbers and text.
+
+    It holds its name alone. It may be called, indexed, set, iterated and hashed, and nothing comes of it.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        object.__setattr__(self, "name", name)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, left in the file>"
+
+    def __call__(self, *args: object, **kwargs: object) -> "Placeholder":
+        """Calls nothing."""
+        return self
+
+    def __getitem__(self, key: object) -> "Placeholder":
+        return self
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def __setattr__(self, name: str, value: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """The memory of one tensor or several in a file: its bytes, 1-D uint8, and what they mean."""
+
+    data: Tensor
+    dtype: torch.dtype
+
+
+STORAGE_DTYPES = {
+    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
+    "Untyped": torch.uint8}
+HASHABLE = (str, int, float, bool, bytes, type(None))
+
+
+class DataUnpickler(pickle._Unpickler):
+    """Python's own unpickler in Python, without its power: it looks up no name and calls nothing of a file.
+
+    Every global is a Placeholder with its name. Where the file asks to call one, the few names in MADE are
+    made here, of checked arguments; any other call gives a Placeholder. Only plain lists, dicts, sets and
+    Namespaces are ever filled. So there is no object in reach whose methods do anything.
+
+    Args:
+        file: where the pickle begins.
+        storage: (dtype, the other parts of a persistent id) -> Storage.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: BinaryIO, storage: Callable):
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.storage = storage
+
+    def find_class(self, module: str, name: str) -> Placeholder:
+        """Of GLOBAL, STACK_GLOBAL, INST: no import, no look-up."""
+        return Placeholder(f"{module}.{name}")
+
+    def get_extension(self, code: int) -> None:
+        """Of EXT1, EXT2, EXT4: names that this process has numbers for."""
+        self.append(Placeholder(f"extension {code}"))
+
+    def persistent_load(self, saved_id: object) -> object:
+        """The storage of a tensor; of the oldest files, the class of a module too."""
+        if type(saved_id) is not tuple or saved_id[0] != "storage":
+            return Placeholder("module")
+        kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", saved_id[1].name)
+        return self.storage(STORAGE_DTYPES[kind[1]], *saved_id[2:])
+
+    def _instantiate(self, cls: object, args: list) -> None:  # of INST and OBJ
+        self.append(make(cls, tuple(args)))
+
+    def _call(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.append(make(function, args))
+
+    def _call_with_names(self) -> None:
+        self.stack.pop()
+        self._call()
+
+    def _build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if type(state) is not dict:
+            return
+        if type(made) is argparse.Namespace:
+            vars(made).update((name, value) for name, value in state.items() if type(name) is str)
+        elif type(made) is OrderedDict and type(state.get("_metadata")) in (dict, OrderedDict):
+            made._metadata = state["_metadata"]  # versions of modules, in a state dict
+
+    def _fill(self, add: Callable) -> None:
+        items = self.pop_mark()
+        add(self.stack[-1], items)
+
+    def _fill_one(self, add: Callable, count: int) -> None:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        add(self.stack[-1], items)
+
+    for _code, _load in {
+            pickle.REDUCE: _call, pickle.NEWOBJ: _call, pickle.NEWOBJ_EX: _call_with_names,
+            pickle.BUILD: _build,
+            pickle.DICT: lambda self: self.append(set_items({}, self.pop_mark())),
+            pickle.FROZENSET: lambda self: self.append(frozenset(map(hashable, self.pop_mark()))),
+            pickle.SETITEM: lambda self: self._fill_one(set_items, 2),
+            pickle.SETITEMS: lambda self: self._fill(set_items),
+            pickle.APPEND: lambda self: self._fill_one(extend, 1),
+            pickle.APPENDS: lambda self: self._fill(extend),
+            pickle.ADDITEMS: lambda self: self._fill(extend)}.items():
+        dispatch[_code[0]] = _load
+
+
+def hashable(value: object) -> object:
+    """The value itself as a key of a dict or set, where it is plain, or a flat tuple of what is plain.
+
+    Else a Placeholder: hashing a file's tuples within tuples within tuples would overflow the C stack.
+    """
+    parts = value if type(value) is tuple else (value,)
+    return value if all(type(part) in HASHABLE for part in parts) else Placeholder("key")
+
+
+def set_items(container: object, items: list) -> object:
+    """Puts key, value, key, value, ... into a plain dict; nothing else is filled."""
+    if type(container) in (dict, OrderedDict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            container[hashable(key)] = value
+    return container
+
+
+def extend(container: object, items: list) -> None:
+    """Adds items to a plain list or set; nothing else is filled."""
+    if type(container) is list:
+        container.extend(items)
+    elif type(container) is set:
+        container.update(map(hashable, items))
+
+
+def make(function: object, args: tuple) -> object:
+    """What a call in a file stands for: one of MADE, or a Placeholder."""
+    name = function.name if type(function) is Placeholder else "object"
+    return MADE[name](*args) if name in MADE else Placeholder(name)
+
+
+def _make_ordered(pairs: Sequence = ()) -> OrderedDict:  # Python 2 gave the items here
+    return set_items(OrderedDict(), [part for pair in pairs for part in pair])
+
+
+def _make_set(items: list | tuple = ()) -> set | Placeholder:
+    return set(map(hashable, items)) if type(items) in (list, tuple) else Placeholder("set")
+
+
+def _make_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> object:
+    if len(rest) > 2 and rest[2]:  # a flag that negates or conjugates it
+        return Placeholder("tensor with flags")
+    if math.prod(size) > 2**48:  # by strides of 0, from a few bytes
+        raise ValueError(f"a tensor of {size}")
+    data = storage.data.view(storage.dtype)
+    return data.as_strided(size, stride, data.storage_offset() + offset)  # refuses what is out of bounds
+
+
+def _make_tensor_of(storage: Storage, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object,
+                    dtype: Placeholder, *rest: object) -> object:
+    dtype = getattr(torch, dtype.name.removeprefix("torch."))
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"a tensor of {dtype}")
+    return _make_tensor(Storage(storage.data, dtype), offset, size, stride, grad, hooks, *rest)
+
+
+MADE = {
+    "collections.OrderedDict": _make_ordered, "collections.defaultdict": lambda *args: {},
+    "builtins.set": _make_set, "__builtin__.set": _make_set,
+    "argparse.Namespace": lambda *args: argparse.Namespace(),
+    "torch._utils._rebuild_tensor": _make_tensor, "torch._utils._rebuild_tensor_v2": _make_tensor,
+    "torch._utils._rebuild_tensor_v3": _make_tensor_of,
+    "torch._utils._rebuild_parameter": lambda data, *rest: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
+    "torch._tensor._rebuild_from_type_v2": lambda function, cls, args, state: make(function, args)}
+
+
+def load_checkpoint(path: str | Path) -> object:
+    """Reads a file of torch.save: tensors on the CPU, containers, numbers and text; else Placeholders.
+
+    Nothing of the file runs. Files of torch 1.6 and later are zip archives, whose checksums are compared;
+    older ones have none.
+
+    Raises:
+        ValueError: the reason, in one line.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(262)
+            file.seek(0)
+            if start[257:] == b"ustar":
+                raise RefusedFileError("a file of PyTorch before 0.2: load it there, and save it again")
+            return _load_zip(file) if start.startswith(b"PK") else _load_legacy(file)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    except RefusedFileError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
+
+
+def _load_zip(file: BinaryIO) -> object:
+    storages = {}
+    with zipfile.ZipFile(file) as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        if f"{folder}/constants.pkl" in archive.namelist():
+            raise RefusedFileError("a TorchScript program: save the state_dict() of its network instead")
+        if f"{folder}/byteorder" in archive.namelist():
+            _check_byteorder(bytes(_read_entry(archive, f"{folder}/byteorder").numpy()).decode())
+
+        def storage(dtype: torch.dtype, key: str, location: str, numel: int) -> Storage:
+            if key not in storages:
+                storages[key] = _read_entry(archive, f"{folder}/data/{key}", numel * dtype.itemsize)
+            return Storage(storages[key], dtype)
+
+        pickled = _read_entry(archive, f"{folder}/data.pkl")
+        return DataUnpickler(io.BytesIO(pickled.numpy()), storage).load()
+
+
+def _check_byteorder(byteorder: str) -> None:
+    if byteorder != sys.byteorder:
+        raise RefusedFileError(f"its numbers are {byteorder}-endian, this machine's are not")
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, nbytes: int | None = None) -> Tensor:
+    entry = archive.getinfo(name)
+    if nbytes not in (None, entry.file_size):
+        raise ValueError(f"{name} has {entry.file_size} bytes, not {nbytes}")
+    if not entry.CRC:  # torch.serialization.set_crc32_options(False)
+        entry.CRC = None
+    with archive.open(entry) as file:
+        data = _read_bytes(file, entry.file_size)
+        if file.read(1):  # at the end the checksum is compared
+            raise ValueError(f"{name} is longer than {entry.file_size} bytes")
+    return data
+
+
+def _read_bytes(file: BinaryIO, nbytes: int) -> Tensor:
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    while len(view):
+        count = file.readinto(view[: 2**20])
+        if not count:
+            raise ValueError("cut short")
+        view = view[count:]
+    return data
+
+
+def _load_legacy(file: BinaryIO) -> object:
+    # Five pickles: a number, the version, the system, the object, the storages' keys; then their bytes.
+    storages, size = {}, os.fstat(file.fileno()).st_size
+
+    def storage(dtype: torch.dtype, key: str, location: str, numel: int,
+                part: tuple | None = None) -> Storage:
+        if type(key) is not str or not 0 <= numel * dtype.itemsize <= size:
+            raise ValueError(f"cut short: a storage of {numel} numbers")
+        if key not in storages:
+            storages[key] = Storage(torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype)
+        whole = storages[key]
+        if part is None:
+            return whole
+        _, first, count = part
+        return Storage(whole.data.narrow(0, first * dtype.itemsize, count * dtype.itemsize), dtype)
+
+    number, version, system, result, keys = (DataUnpickler(file, storage).load() for _ in range(5))
+    if number != torch.serialization.MAGIC_NUMBER or version != torch.serialization.PROTOCOL_VERSION:
+        raise ValueError("another format")
+    _check_byteorder("little" if system["little_endian"] else "big")
+    if sorted(keys) != sorted(storages):
+        raise ValueError("not the storages of its tensors")
+    for key in keys:
+        data, dtype = storages[key].data, storages[key].dtype
+        if int.from_bytes(file.read(8), sys.byteorder) * dtype.itemsize != len(data):
+            raise ValueError(f"storage {key} has another size")
+        data.copy_(_read_bytes(file, len(data)))
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
 # Backbones: timm models without classifier, and their weights
 # --------------------------------------------------------------------------------------------------
 
@@ -810,20 +1116,6 @@ def write_atomically(path: Path, write: Callable) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # half of a file only takes the space
-
-
-def load_checkpoint(path: str | Path) -> dict:
-    """Loads to the CPU without ever running code from the file; raises ValueError with the reason."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # harmless: flags in public checkpoints
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    except pickle.UnpicklingError as error:
-        raise ValueError("refused, because loading it would run code; or no PyTorch file") from error
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
 
 
 def resume_checkpoint(path: Path, identity: dict, free_flags: set[str]) -> dict | None:
