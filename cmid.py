@@ -103,7 +103,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
     add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the one its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves "
+        "tensors at their initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mask_patch_size", type=int, default=32, help="side of the masked blocks in pixels, a divisor of "

@@ -837,28 +837,84 @@ def _close_names(name: str) -> str:
 
 
 def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int | None = None,
-                   drop_path: float = 0, in_chans: int = 3) -> nn.Module:
+                   drop_path: float = 0, in_chans: int = 3, global_pool: str | None = None) -> nn.Module:
     """A timm model from N x in_chans x H x W to pooled features N x D, for any H and W where it can.
 
-    Its `model_args` attribute holds what timm.create_model needs beside the name to build it again.
+    A Swin keeps the windows of its own size, 224 px or what its name says, at smaller sizes too.
+
+    Args:
+        arch: of timm.
+        img_size: side, or height and width, of the images.
+        patch_size: of a ViT; None: the arch's own.
+        drop_path: rate of stochastic depth.
+        in_chans: channels of the images.
+        global_pool: of a ViT: "avg" for fc_norm(mean of the patch tokens); None: the arch's own.
+
+    Returns:
+        the model; its `model_args` attribute holds what timm.create_model needs beside the name to build it
+        again.
     """
     if not timm.is_model(arch):
         fail(f"--arch {arch}: timm has no such model{_close_names(arch)}")
     own = {"patch_size": patch_size} if patch_size else {}
     own |= {"in_chans": in_chans} if in_chans != 3 else {}
+    own |= {"global_pool": global_pool} if global_pool else {}
+    swin = arch.startswith("swin_")
     # Swin takes strict_img_size, ViT dynamic_img_size, convolutional nets neither.
-    sized = {"img_size": img_size, **own}
+    strict = {"strict_img_size": False, "img_size": swin_size(arch, img_size) if swin else img_size, **own}
     # 0 is given too, because Swin's own default is .1; a net that takes no rate has none.
     rates = [{"drop_path_rate": drop_path}] + [{}] * (drop_path == 0)
-    variants = ({"strict_img_size": False, **sized}, {"dynamic_img_size": True, **sized}, own)
+    variants = (strict, {"dynamic_img_size": True, "img_size": img_size, **own}, own)
     for model_args, rate in itertools.product(variants, rates):
         try:
             backbone = timm.create_model(arch, num_classes=0, **rate, **model_args)
-            backbone.model_args = model_args
+            backbone.model_args, backbone.built_for = model_args, img_size
+            if swin:
+                backbone.register_load_state_dict_pre_hook(take_small_windows)
             return backbone
         except TypeError as error:  # an argument this model does not have
             reason = error
     fail(f"--arch {arch}: cannot be built with --patch_size {patch_size} --drop_path {drop_path}: {reason}")
+
+
+def swin_size(arch: str, img_size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """The size to build a Swin for: its own, at least, since timm shrinks windows larger than a stage's map.
+
+    So its features are torchvision's at multiples of 224 px (windows of 7), and near them elsewhere:
+    torchvision pads maps before it shifts windows, timm after that, and where timm shifts a map of one window
+    torchvision does not.
+    """
+    cfg = timm.get_pretrained_cfg(arch)
+    sides = zip(timm.layers.to_2tuple(img_size), cfg.input_size[1:], strict=True)
+    height, width = (max(pair) for pair in sides)
+    return height if height == width else (height, width)
+
+
+def take_small_windows(swin: nn.Module, state: dict, prefix: str = "", *_: object) -> None:
+    """Shrinks the windows of a Swin to those of `state`, where timm would for the size it is used at.
+
+    Runs of earlier versions were built so. Parameters stay the same objects: an optimizer may hold them.
+    """
+    suffix = "relative_position_bias_table"
+
+    def fits(swin: nn.Module) -> bool:
+        return all(state[prefix + name].shape == p.shape for name, p in swin.named_parameters()
+                   if name.endswith(suffix) and prefix + name in state)
+
+    if fits(swin):
+        return
+    size, window = timm.layers.to_2tuple(swin.built_for), swin.layers[0].blocks[0].attn.window_size
+    small = copy.deepcopy(swin)
+    small.set_input_size(size, window_size=window)
+    if fits(small):
+        parameters = dict(swin.named_parameters())
+        swin.set_input_size(size, window_size=window)
+        for name, table in list(swin.named_parameters()):
+            if name.endswith(suffix):
+                parameters[name].data = table.data
+                attention = swin.get_submodule(name.removesuffix(f".{suffix}"))
+                attention.relative_position_bias_table = parameters[name]
+        swin.model_args["img_size"] = swin.built_for
 
 
 def patch_multiple(backbone: nn.Module) -> int:
@@ -882,7 +938,7 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
 
     Returns:
         state dict of the backbone in timm's names, without prefixes; what is known of its arch, patch_size,
-        img_size (a side, or height and width), and mean and std of its channels.
+        img_size (a side, or height and width), mean and std of its channels, and global_pool.
     """
     path = Path(source)
     if path.is_dir():
@@ -913,7 +969,13 @@ def _read_exported(folder: Path, flag: str) -> tuple[dict, dict]:
     args, cfg = config.get("model_args", {}), config["pretrained_cfg"]
     height, width = cfg["input_size"][1:]
     return state, {"arch": config["architecture"], "patch_size": args.get("patch_size"), "mean": cfg["mean"],
-                   "std": cfg["std"], "img_size": height if height == width else (height, width)}
+                   "std": cfg["std"], "img_size": height if height == width else (height, width),
+                   **_pooling(state)}
+
+
+def _pooling(state: dict) -> dict:
+    # ViTs fine-tuned by MAE's code: a norm behind the mean of the patch tokens in place of the last norm.
+    return {"global_pool": "avg"} if "fc_norm.weight" in state and "norm.weight" not in state else {}
 
 
 def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tuple[dict, dict]:
@@ -925,25 +987,29 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
     except Exception as error:
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
+    args = args if isinstance(args, dict) else {}
     known = ("arch", "patch_size", "img_size", "mean", "std")
-    info = {name: args[name] for name in known if args.get(name) is not None} if args else {}
+    info = {name: args[name] for name in known if args.get(name) is not None}
     if isinstance(info.get("img_size"), list):  # one side, or height and width
         info["img_size"] = tuple(info["img_size"]) if len(set(info["img_size"])) > 1 else info["img_size"][0]
     inner = key if key not in checkpoint else None  # a network within a state dict
     usual = ("teacher", "encoder_q", "online", "state_dict", "model")
     entry = key if key in checkpoint else next((name for name in usual if name in checkpoint), None)
     state = checkpoint[entry] if entry else checkpoint
-    names = [name.removeprefix("module.") for name in state] if isinstance(state, dict) else []
+    state = state if isinstance(state, dict) else {}
+    state = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    names = [name.removeprefix("module.") for name in state]
     if inner and not any(name.startswith(f"{inner}.") for name in names):
-        found = dict.fromkeys(name.split(".")[0] for name in [*checkpoint, *names])
+        found = dict.fromkeys(str(name).split(".")[0] for name in [*checkpoint, *names])
         fail(f"--checkpoint_key {key}: {path} has {', '.join(list(found)[:12])}")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state:
         fail(f"{flag} {path}: {f'its {entry} is' if entry else 'is'} no state dict of tensors")
-    return _backbone_names(state, inner or "encoder_q", whole), info
+    state = _backbone_names(state, inner or "encoder_q", whole)
+    return state, info | _pooling(state)
 
 
 # torchvision's names of ViT and Swin -> timm's. Swin: features 1, 3, 5, 7 are stages, 2, 4, 6 lie between.
-# The two pad in other ways: its features are equal where no window is padded, at multiples of 224 px.
+# swin_size says where the features of the two Swins are equal.
 TORCHVISION_NAMES = (
     (r"^conv_proj\.", "patch_embed.proj."), (r"^class_token$", "cls_token"),
     (r"^encoder\.pos_embedding$", "pos_embed"), (r"^encoder\.ln\.", "norm."),
@@ -955,6 +1021,14 @@ TORCHVISION_NAMES = (
     *((rf"^features\.{2 * i}\.", f"layers.{i}.downsample.") for i in range(1, 4)))
 
 
+# mmcls's names of Swin, which CMID's authors train -> timm's.
+MMCLS_NAMES = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^norm3\.", "norm."),
+    *((rf"^stages\.{i}\.downsample\.", f"layers.{i + 1}.downsample.") for i in range(3)),
+    (r"^stages\.", "layers."), (r"\.attn\.w_msa\.", ".attn."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."))
+
+
 def _backbone_names(state: dict, network: str, whole: bool) -> dict:
     kept = ("decoder_", "mask_token") if whole else ()
     # Of DDP, MoCo, CMID (two), DINO and ours; what lies beside them in the file is not the backbone.
@@ -963,29 +1037,90 @@ def _backbone_names(state: dict, network: str, whole: bool) -> dict:
             state = {name.removeprefix(prefix): x for name, x in state.items()
                      if name.startswith((prefix, *kept))}
     if {"conv_proj.weight", "features.1.0.attn.qkv.weight"} & state.keys():
-        for old, new in TORCHVISION_NAMES:
-            state = {re.sub(old, new, name): x for name, x in state.items()}
+        return _renamed(state, TORCHVISION_NAMES)
+    if any(".attn.w_msa." in name for name in state):
+        state = {name: _merging_of_mmcls(x) if re.match(r"stages\.\d\.downsample\.", name) else x
+                 for name, x in state.items()}
+        return _renamed(state, MMCLS_NAMES)
     return state
+
+
+def _renamed(state: dict, names: tuple) -> dict:
+    for old, new in names:
+        state = {re.sub(old, new, name): x for name, x in state.items()}
+    return state
+
+
+def _merging_of_mmcls(x: Tensor) -> Tensor:
+    # Four neighbours become one token: theirs unfolds by channel, row, column; timm's goes by column, row,
+    # channel. The last dimension of the norm's and the reduction's tensors follows.
+    by_neighbour = x.unflatten(-1, (-1, 2, 2))  # ... C row column
+    return by_neighbour.movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3).contiguous()
+
+
+def convert_first_conv(weight: Tensor, conv: nn.Conv2d) -> tuple[Tensor, list[str]]:
+    """Weights D x C x h x w for the channels of `conv`, and patches of its size; in words what was done.
+
+    Equal channels in, equal tokens out: each new channel gets an equal share of the old ones' sum. But three
+    become more as in timm, repeated and scaled: the first stay red, green and blue.
+    """
+    C, in_chans, words = weight.shape[1], conv.in_channels, []
+    if C != in_chans:
+        words.append(f"{C} channels converted to {in_chans}")
+        if C == 3 < in_chans:
+            weight = timm.models.adapt_input_conv(in_chans, weight.float())
+        else:
+            weight = (weight.float().sum(1, keepdim=True) / in_chans).expand(-1, in_chans, -1, -1)
+    old, new = tuple(weight.shape[2:]), conv.kernel_size
+    if old != new == conv.stride:
+        weight = timm.layers.resample_patch_embed(weight.float(), list(new))
+        words.append(f"patches of {shape_words(old)} px resampled to {shape_words(new)}")
+    return weight, words
+
+
+def _convert_first_convs(backbone: nn.Module, state: dict) -> tuple[dict, list[str]]:
+    first = getattr(backbone, "pretrained_cfg", {}).get("first_conv") or ()
+    modules, report = dict(backbone.named_modules()), []
+    for name in (first,) if isinstance(first, str) else first:
+        conv, weight = modules.get(name), state.get(f"{name}.weight")
+        if isinstance(conv, nn.Conv2d) and weight is not None and weight.ndim == 4 and conv.groups == 1:
+            weight, words = convert_first_conv(weight, conv)
+            if words and weight.shape == conv.weight.shape:
+                state = state | {f"{name}.weight": weight}
+                report.append(f"{name}.weight: {', '.join(words)}")
+    return state, report
+
+
+def shape_words(shape: Sequence[int]) -> str:
+    """A shape as the messages have it: 64 x 3 x 7 x 7."""
+    return " x ".join(map(str, shape)) or "1 number"
 
 
 def loading_report(source: str, own: dict, state: dict, fitting: dict) -> str:
     """A line on a network's tensors `own`, those of a file, `state`, and those taken from it, `fitting`."""
     report = f"{source}: {len(fitting)} of {len(own)} tensors loaded"
-    for what, all_names in (("missing", own), ("not used", state)):
-        names = all_names.keys() - fitting.keys()
+    wrong = [f"{name}: {shape_words(state[name].shape)} in the file, {shape_words(x.shape)} in the network"
+             for name, x in own.items() if name in state.keys() - fitting.keys()]
+    for what, names in (("missing", own.keys() - state.keys() - fitting.keys()), ("of another shape", wrong),
+                        ("not used", state.keys() - own.keys() - fitting.keys())):
         shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
+        if names or what != "of another shape":
+            report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
     return report
 
 
 def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: bool = False) -> str:
-    """Fills `backbone` from `state` and returns a line that says what was loaded, missing and unexpected.
+    """Fills `backbone` from `state`; returns a line: loaded, missing, not used, converted and resampled.
 
-    timm resamples position embeddings and patch projections of another size; all else of another shape counts
-    as missing. Fails when under 90 % of the backbone's tensors are filled, or the file has more blocks,
-    unless `allow_partial`.
+    A first convolution of other channels is converted. timm resamples position embeddings and patches of
+    another size. Fails where a tensor of the backbone is missing or has another shape, or the file has more
+    blocks, unless `allow_partial`.
     """
-    own = backbone.state_dict()
+    own, given = backbone.state_dict(), state
+    state, words = _convert_first_convs(backbone, state)
+    if isinstance(backbone, timm.models.SwinTransformer):
+        take_small_windows(backbone, state)
+        own = backbone.state_dict()
 
     def fit(state: dict) -> dict:
         return {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
@@ -1009,10 +1144,15 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
              and not name.endswith(buffers)]
     # BatchNorm's counters of batches change no feature; files of old PyTorch lack them.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
-    if (extra or len(fitting.keys() & needed) < 0.9 * len(needed)) and not (allow_partial and fitting):
+    if (extra or needed - fitting.keys()) and not (allow_partial and fitting):
         fail(f"{report}: another arch? (--allow_partial takes what fits)")
     backbone.load_state_dict(fitting, strict=False)
-    return report
+    changed = [f"{name} ({shape_words(given[name].shape)} to {shape_words(x.shape)})"
+               for name, x in fitting.items() if name in given and given[name].shape != x.shape
+               and not any(word.startswith(f"{name}:") for word in words)]
+    if changed:
+        words.append(f"{len(changed)} resampled ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)})")
+    return "; ".join([report, *words])
 
 
 def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | None) -> str:
@@ -1027,7 +1167,11 @@ def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | N
 
 def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int, int],
                     mean: Sequence[float], std: Sequence[float]) -> None:
-    """Writes config.json and model.safetensors for timm.create_model("local-dir:FOLDER", pretrained=True)."""
+    """Writes config.json and model.safetensors.
+
+    They load by timm.create_model("local-dir:FOLDER", pretrained=True), and by transformers'
+    AutoModel.from_pretrained("FOLDER").
+    """
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     kept = ("architecture", "first_conv", "classifier", "pool_size")
@@ -1040,6 +1184,10 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
     with writing(folder):
         timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args),
                                 safe_serialization=True)
+        config = json.loads((new / "config.json").read_text())
+        # timm's later versions add num_classes, which transformers gives itself.
+        config["model_args"] = dict(backbone.model_args)
+        (new / "config.json").write_text(json.dumps(config, indent=2))
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own: the owner's alone
         folder.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):

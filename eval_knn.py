@@ -74,7 +74,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=int, help="of a ViT; none: the weights' or the arch's own")
     add("--checkpoint_key", help="network of a checkpoint to take, such as student; none: the one "
         "that is exported")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave "
+        "tensors at their initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="k; DINO-MC's authors: 5 10 15 20")
@@ -287,7 +288,7 @@ def prepare(name: str, state: dict, info: dict, args: argparse.Namespace,
     torch.manual_seed(args.seed)
     built_size = built_size if isinstance(built_size, tuple) else img_size  # its positions are of that grid
     backbone = common.build_backbone(arch, built_size, args.patch_size or info.get("patch_size"), drop_path,
-                                     len(mean))
+                                     len(mean), info.get("global_pool"))
     report = f"{name}: initial weights of seed {args.seed}"
     if state:
         report = common.load_backbone(backbone, state, name, args.allow_partial)
@@ -362,7 +363,7 @@ def main() -> None:
         lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
                       "patch_size": args.patch_size, "data": args.data_path, "split": split,
                       "img_size": img_size, "temperature": args.temperature, "amp": args.amp,
-                      "seed": args.seed, **result,
+                      "seed": args.seed, "loading": report, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])

@@ -108,7 +108,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=int, help="of a ViT; none: the weights' or the arch's own")
     add("--drop_path", type=float, default=0.0, help="of the backbone in --finetune")
     add("--checkpoint_key", help="network of a checkpoint to take; none: the one that is exported")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave "
+        "tensors at their initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
@@ -289,14 +290,18 @@ class LastBlocks(nn.Module):
 
 
 def with_features(backbone: nn.Module, name: str, n_last_blocks: int | None, avgpool: bool) -> nn.Module:
-    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is."""
-    if isinstance(backbone, VisionTransformer) and backbone.has_class_token:
+    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is.
+
+    A ViT with fc_norm has no norm for class tokens: it stays as it is, too.
+    """
+    vit = isinstance(backbone, VisionTransformer) and backbone.has_class_token
+    if vit and isinstance(backbone.fc_norm, nn.Identity):
         n = n_last_blocks or min(4, len(backbone.blocks))
         if n > len(backbone.blocks):
             common.fail(f"--n_last_blocks {n}: {name} has {len(backbone.blocks)}")
         return LastBlocks(backbone, n, avgpool)
     if (n_last_blocks or avgpool) and not isinstance(backbone, ImageStats):
-        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token")
+        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token, or has fc_norm")
     return backbone
 
 
@@ -705,12 +710,11 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
             head = {"weight": weight, "bias": bias, "classes": classes, "img_size": img_size,
                     "n_last_blocks": getattr(model, "n_last_blocks", 0),
                     "avgpool": getattr(model, "avgpool", False)}
-            built_size = backbone.model_args.get("img_size", img_size)  # of a ViT: that of its positions
-            common.export_backbone(backbone, out / "backbone", built_size, mean, std)
+            common.export_backbone(backbone, out / "backbone", backbone.built_for, mean, std)
             common.write_atomically(out / "head.pth", partial(torch.save, head))
         lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
                       "data": args.data_path, "split": split, "img_size": img_size, "seed": args.seed,
-                      "settings": settings, **result, **figures,
+                      "settings": settings, "loading": report, **result, **figures,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])
