@@ -635,6 +635,10 @@ class DataUnpickler(pickle._Unpickler):
         elif type(made) is OrderedDict and type(state.get("_metadata")) in (dict, OrderedDict):
             made._metadata = state["_metadata"]  # versions of modules, in a state dict
 
+    def _collect(self, collect: Callable) -> None:
+        items = self.pop_mark()  # which brings the stack back that self.append then adds to
+        self.append(collect(items))
+
     def _fill(self, add: Callable) -> None:
         items = self.pop_mark()
         add(self.stack[-1], items)
@@ -647,8 +651,8 @@ class DataUnpickler(pickle._Unpickler):
     for _code, _load in {
             pickle.REDUCE: _call, pickle.NEWOBJ: _call, pickle.NEWOBJ_EX: _call_with_names,
             pickle.BUILD: _build,
-            pickle.DICT: lambda self: self.append(set_items({}, self.pop_mark())),
-            pickle.FROZENSET: lambda self: self.append(frozenset(map(hashable, self.pop_mark()))),
+            pickle.DICT: lambda self: self._collect(lambda items: set_items({}, items)),
+            pickle.FROZENSET: lambda self: self._collect(lambda items: frozenset(map(hashable, items))),
             pickle.SETITEM: lambda self: self._fill_one(set_items, 2),
             pickle.SETITEMS: lambda self: self._fill(set_items),
             pickle.APPEND: lambda self: self._fill_one(extend, 1),
@@ -724,14 +728,14 @@ MADE = {
     "torch._tensor._rebuild_from_type_v2": lambda function, cls, args, state: make(function, args)}
 
 
-def load_checkpoint(path: str | Path) -> object:
-    """Reads a file of torch.save: tensors on the CPU, containers, numbers and text; else Placeholders.
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a dict that torch.save wrote: tensors on the CPU, containers, numbers, text; else Placeholders.
 
     Nothing of the file runs. Files of torch 1.6 and later are zip archives, whose checksums are compared;
     older ones have none.
 
     Raises:
-        ValueError: the reason, in one line.
+        ValueError: the file is damaged, or holds something else; the reason, in one line.
     """
     try:
         with open(path, "rb") as file:
@@ -739,7 +743,7 @@ def load_checkpoint(path: str | Path) -> object:
             file.seek(0)
             if start[257:] == b"ustar":
                 raise RefusedFileError("a file of PyTorch before 0.2: load it there, and save it again")
-            return _load_zip(file) if start.startswith(b"PK") else _load_legacy(file)
+            content = _load_zip(file) if start.startswith(b"PK") else _load_legacy(file)
     except OSError as error:
         raise ValueError(str(error)) from error
     except RefusedFileError:
@@ -747,6 +751,9 @@ def load_checkpoint(path: str | Path) -> object:
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0][:100]
         raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError("holds no dict, so no state dict of tensors")
+    return content
 
 
 def _load_zip(file: BinaryIO) -> object:
@@ -982,8 +989,6 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
     try:
         loader = safetensors.torch.load_file if path.suffix == ".safetensors" else load_checkpoint
         checkpoint = loader(path)
-        if not isinstance(checkpoint, dict):
-            raise ValueError("is no state dict of tensors")
     except Exception as error:
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
