@@ -579,6 +579,7 @@ STORAGE_DTYPES = {
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
     "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
     "Untyped": torch.uint8}
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 HASHABLE = (str, int, float, bool, bytes, type(None))
 
 
@@ -591,7 +592,7 @@ class DataUnpickler(pickle._Unpickler):
 
     Args:
         file: where the pickle begins.
-        storage: (dtype, the other parts of a persistent id) -> Storage.
+        storage: (dtype, key, numel, and of old files the part that is meant) -> Storage.
     """
 
     dispatch = dict(pickle._Unpickler.dispatch)
@@ -612,8 +613,11 @@ class DataUnpickler(pickle._Unpickler):
         """The storage of a tensor; of the oldest files, the class of a module too."""
         if type(saved_id) is not tuple or saved_id[0] != "storage":
             return Placeholder("module")
-        kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", saved_id[1].name)
-        return self.storage(STORAGE_DTYPES[kind[1]], *saved_id[2:])
+        _, cls, key, _, numel, *rest = saved_id
+        kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", cls.name)
+        if type(key) is not str or type(numel) is not int:
+            raise ValueError("a storage without a name or a size")
+        return self.storage(STORAGE_DTYPES[kind[1]], key, numel, *rest)
 
     def _instantiate(self, cls: object, args: list) -> None:  # of INST and OBJ
         self.append(make(cls, tuple(args)))
@@ -692,7 +696,9 @@ def make(function: object, args: tuple) -> object:
     return MADE[name](*args) if name in MADE else Placeholder(name)
 
 
-def _make_ordered(pairs: Sequence = ()) -> OrderedDict:  # Python 2 gave the items here
+def _make_ordered(pairs: list | tuple = ()) -> OrderedDict | Placeholder:  # Python 2 gave the items here
+    if type(pairs) not in (list, tuple) or any(type(pair) not in (list, tuple) for pair in pairs):
+        return Placeholder("OrderedDict")
     return set_items(OrderedDict(), [part for pair in pairs for part in pair])
 
 
@@ -701,6 +707,8 @@ def _make_set(items: list | tuple = ()) -> set | Placeholder:
 
 
 def _make_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> object:
+    if type(storage) is not Storage:
+        raise ValueError("a tensor without a storage")
     if len(rest) > 2 and rest[2]:  # a flag that negates or conjugates it
         return Placeholder("tensor with flags")
     if math.prod(size) > 2**48:  # by strides of 0, from a few bytes
@@ -711,10 +719,7 @@ def _make_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *res
 
 def _make_tensor_of(storage: Storage, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object,
                     dtype: Placeholder, *rest: object) -> object:
-    dtype = getattr(torch, dtype.name.removeprefix("torch."))
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"a tensor of {dtype}")
-    return _make_tensor(Storage(storage.data, dtype), offset, size, stride, grad, hooks, *rest)
+    return _make_tensor(Storage(storage.data, DTYPES[dtype.name]), offset, size, stride, grad, hooks, *rest)
 
 
 MADE = {
@@ -765,7 +770,7 @@ def _load_zip(file: BinaryIO) -> object:
         if f"{folder}/byteorder" in archive.namelist():
             _check_byteorder(bytes(_read_entry(archive, f"{folder}/byteorder").numpy()).decode())
 
-        def storage(dtype: torch.dtype, key: str, location: str, numel: int) -> Storage:
+        def storage(dtype: torch.dtype, key: str, numel: int, *_: object) -> Storage:
             if key not in storages:
                 storages[key] = _read_entry(archive, f"{folder}/data/{key}", numel * dtype.itemsize)
             return Storage(storages[key], dtype)
@@ -807,9 +812,8 @@ def _load_legacy(file: BinaryIO) -> object:
     # Five pickles: a number, the version, the system, the object, the storages' keys; then their bytes.
     storages, size = {}, os.fstat(file.fileno()).st_size
 
-    def storage(dtype: torch.dtype, key: str, location: str, numel: int,
-                part: tuple | None = None) -> Storage:
-        if type(key) is not str or not 0 <= numel * dtype.itemsize <= size:
+    def storage(dtype: torch.dtype, key: str, numel: int, part: tuple | None = None) -> Storage:
+        if not 0 <= numel * dtype.itemsize <= size:
             raise ValueError(f"cut short: a storage of {numel} numbers")
         if key not in storages:
             storages[key] = Storage(torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype)
@@ -1005,7 +1009,8 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
     state = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)}
     names = [name.removeprefix("module.") for name in state]
     if inner and not any(name.startswith(f"{inner}.") for name in names):
-        found = dict.fromkeys(str(name).split(".")[0] for name in [*checkpoint, *names])
+        keys = [name for name in checkpoint if isinstance(name, str)]
+        found = dict.fromkeys(name.split(".")[0] for name in [*keys, *names])
         fail(f"--checkpoint_key {key}: {path} has {', '.join(list(found)[:12])}")
     if not state:
         fail(f"{flag} {path}: {f'its {entry} is' if entry else 'is'} no state dict of tensors")
@@ -1108,7 +1113,7 @@ def loading_report(source: str, own: dict, state: dict, fitting: dict) -> str:
              for name, x in own.items() if name in state.keys() - fitting.keys()]
     for what, names in (("missing", own.keys() - state.keys() - fitting.keys()), ("of another shape", wrong),
                         ("not used", state.keys() - own.keys() - fitting.keys())):
-        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+        shown = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + ", ..." * (len(names) > 3)
         if names or what != "of another shape":
             report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
     return report
@@ -1166,7 +1171,9 @@ def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | N
         return f"resumed at step {saved['step']}{', --init is not read again' if args.init else ''}"
     if not args.init:
         return "from nothing"
-    state, _ = read_weights(args.init, args.checkpoint_key, "--init")
+    state, info = read_weights(args.init, args.checkpoint_key, "--init")
+    if "pos_embed" in state and isinstance(info.get("img_size"), tuple):  # as many could make a square
+        fail(f"--init {args.init}: its positions are of {shape_words(info['img_size'])} px, not of a square")
     return load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
 
 

@@ -563,6 +563,17 @@ def test_one_tensor_of_another_shape(tmp_path, capsys, tensor, wrong, words):
     assert f"1 of another shape ({tensor}: {words}" in report
 
 
+def test_positions_of_a_grid_that_is_not_square(tmp_path, capsys):
+    """2 x 8 patches are as many as 4 x 4: the three methods with square crops cannot go on from them."""
+    state = common.build_backbone("test_vit", (16, 64), 8).state_dict()
+    settings = {"arch": "test_vit", "patch_size": 8, "img_size": [16, 64]}
+    torch.save({"model": state, "args": settings, "effective_batch": 4}, tmp_path / "a.pth")
+    flags = {"init": str(tmp_path / "a.pth"), "checkpoint_key": None, "allow_partial": False}
+    with pytest.raises(SystemExit):
+        common.init_backbone(common.build_backbone("test_vit", 32, 8), argparse.Namespace(**flags), None)
+    assert "its positions are of 16 x 64 px, not of a square" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", ["encoder", "queue", "module.encoder_k", "teacher"])
 def test_key_that_names_no_network(tmp_path, capsys, key):
     path = tmp_path / "moco.pth"
@@ -637,6 +648,11 @@ ODD = {
     "persistent_text": b"Pmodule\n",
     "persistent": text("storage") + b"\x85Q",
     "persistent_class": b"(" + text("module") + EXEC + text("a") + text("b") + b"tQ",
+    "deep_storage": b"(" + text("storage") + b"ctorch\nFloatStorage\n)" + b"\x85" * 300_000
+    + text("cpu") + b"K\x04tQ",
+    "deep_call": b"ctorch._tensor\n_rebuild_from_type_v2\n\x940" + b"(h\x00N" * 5000 + b")" + b"Nt" * 5000
+    + b"\x940h\x00h\x01R",
+    "no_numbers": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"]N\x85atQ",
     "bytearray": b"\x96\x04" + bytes(7) + b"abcd}Nsb",
     "buffer": b"\x97", "frame": b"\x95" + b"\xff" * 8, "long": b"\x8b\xff\xff\xff\x7f1",
     "underflow": b"0000R",
