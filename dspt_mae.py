@@ -47,10 +47,9 @@ import argparse
 import math
 from functools import partial
 
-import timm.models
 import timm.optim
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
@@ -90,8 +89,8 @@ def get_parser() -> argparse.ArgumentParser:
         "state dict, or timm's pretrained weights by name; default: from scratch")
     add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
         "exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %% of "
-        "the encoder")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves tensors of "
+        "the encoder at their initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mask_ratio", type=number(float, lambda ratio: 0 < ratio < 1, "above 0 and below 1"), default=0.75,
@@ -364,31 +363,11 @@ def convert_positions(pos_embed: Tensor, grid: tuple[int, int],
     return resampled, f"learned positions of {h} x {w} resampled to {now}, from now on fixed"
 
 
-def convert_projection(weight: Tensor, in_chans: int, p: int) -> tuple[Tensor, str]:
-    """Patch projection D x C x p x p of a file, for `in_chans` channels and patches of `p`, and in words.
-
-    Each new channel gets an equal share of the old ones' sum, so equal channels give the tokens they gave
-    before. But three become more as in timm, repeated and scaled: the first stay red, green and blue.
-    """
-    _, C, old_p, _ = weight.shape
-    words = []
-    if C != in_chans:
-        words.append(f"patch projection of {C} channels converted to {in_chans}")
-        if C == 3 < in_chans:
-            weight = timm.models.adapt_input_conv(in_chans, weight)
-        else:
-            weight = (weight.sum(1, keepdim=True) / in_chans).expand(-1, in_chans, -1, -1)
-    if old_p != p:
-        weight = resample_patch_embed(weight, [p, p])
-        words.append(f"patch projection of {old_p} px resampled to {p} px")
-    return weight, ", ".join(words) or "patch projection of the file"
-
-
 def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]:
     """Fills encoder and decoder from --init; returns a line on each: loaded, missing, converted.
 
-    Fails when under 90 % of the encoder are filled. The decoder starts fresh where the file has none, or one
-    of another shape.
+    Fails where a tensor of the encoder is missing or has another shape; channels, patches and positions are
+    converted. The decoder starts fresh where the file has none, or one of another shape.
     """
     vit = network.backbone
     state, info = common.read_weights(args.init, args.checkpoint_key, "--init", whole=True)
@@ -396,13 +375,11 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     encoder = {name: x for name, x in state.items() if not name.startswith(("decoder_", "mask_token"))}
     decoder = {name: x for name, x in state.items() if name not in encoder and name != "decoder_pos_embed"}
 
-    words, same_patches, p = [], True, vit.patch_embed.patch_size[0]
+    words, same_patches = [], True
     weight, pos_embed = encoder.get("patch_embed.proj.weight"), encoder.get("pos_embed")
     if weight is not None and weight.ndim == 4 and len(weight) == vit.embed_dim:  # else of another arch
         # Other patches: the decoder's last layer predicts other pixels, even where its shape is the same.
         same_patches = weight.shape == vit.patch_embed.proj.weight.shape
-        encoder["patch_embed.proj.weight"], how = convert_projection(weight, args.in_chans, p)
-        words.append(how)
         if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[2] == vit.embed_dim:
             size = info.get("img_size")
             old_grid = tuple(side // weight.shape[-1] for side in size) if isinstance(size, tuple) else None
@@ -415,8 +392,9 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     lines = ["; ".join([report, *words])]
 
     own = {name: x for name, x in network.state_dict().items() if not name.startswith("backbone.")}
-    fits = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape
-            and (same_patches or not name.startswith("decoder_pred"))}
+    if not same_patches:
+        decoder = {name: x for name, x in decoder.items() if not name.startswith("decoder_pred")}
+    fits = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape}
     network.load_state_dict(fits, strict=False)
     report = "decoder: none in the file, starts fresh"
     if decoder:

@@ -75,7 +75,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--checkpoint_key", help="network of a checkpoint to take, such as student; default: the one that "
         "its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--nb_knn", type=positive(int), nargs="+", help="k; DINO-MC's authors took 5 10 15 20; default: 10 "
@@ -221,7 +222,7 @@ def _prepare(name: str, state: dict, info: dict, args: argparse.Namespace, drop_
     torch.manual_seed(args.seed)
     built_size = built_size if isinstance(built_size, tuple) else img_size  # its positions are of that grid
     patch_size = args.patch_size or info.get("patch_size")
-    model = common.build_backbone(arch, built_size, patch_size, drop_path, len(mean))
+    model = common.build_backbone(arch, built_size, patch_size, drop_path, len(mean), info.get("global_pool"))
     report = f"{name}: initial weights of seed {args.seed}"
     if state:
         report = common.load_backbone(model, state, name, args.allow_partial)
@@ -374,7 +375,7 @@ def main() -> None:
         lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
                       "split": split, "img_size": backbone.img_size, "temperature": args.temperature,
-                      "amp": args.amp, "seed": args.seed, **result,
+                      "amp": args.amp, "seed": args.seed, "loading": backbone.report, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])

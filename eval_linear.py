@@ -107,7 +107,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--drop_path", type=unit(float), default=0.0, help="of the backbone in --finetune")
     add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
@@ -291,15 +292,18 @@ class LastBlocks(nn.Module):
 
 
 def with_features(backbone: Backbone, name: str, n_last_blocks: int | None, avgpool: bool) -> Backbone:
-    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is."""
+    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is.
+
+    A ViT with fc_norm has no norm for class tokens: it stays as it is, too.
+    """
     vit = backbone.model
-    if isinstance(vit, VisionTransformer) and vit.has_class_token:
+    if isinstance(vit, VisionTransformer) and vit.has_class_token and isinstance(vit.fc_norm, nn.Identity):
         n = n_last_blocks or min(4, len(vit.blocks))
         if n > len(vit.blocks):
             common.fail(f"--n_last_blocks {n}: {name} has {len(vit.blocks)}")
         return replace(backbone, model=LastBlocks(vit, n, avgpool))
     if (n_last_blocks or avgpool) and not isinstance(vit, ImageStats):
-        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token")
+        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token, or has fc_norm")
     return backbone
 
 
@@ -633,7 +637,7 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
     head = {"weight": weights[0], "bias": weights[1], "classes": classes, "img_size": backbone.img_size,
             "n_last_blocks": getattr(features, "n_last_blocks", 0),
             "avgpool": getattr(features, "avgpool", False)}
-    size = backbone.model.model_args.get("img_size", backbone.img_size)  # of a ViT: that of its positions
+    size = backbone.model.built_for  # of a ViT: that of its positions
     common.export_backbone(backbone.model, out / "backbone", size, backbone.mean, backbone.std)
     common.write_atomically(out / "head.pth", partial(torch.save, head))
 
@@ -678,8 +682,9 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
             save_head(out, backbone, model.model, head, classes)
         lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "data": args.data_path, "split": split,
-                      "img_size": backbone.img_size, "seed": args.seed, "settings": settings, **result,
-                      **figures, "seconds": round(time.perf_counter() - began, 1), "versions": versions})
+                      "img_size": backbone.img_size, "seed": args.seed, "settings": settings,
+                      "loading": backbone.report, **result, **figures,
+                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])
     if process.is_main:
