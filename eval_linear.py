@@ -252,7 +252,7 @@ class FinetuneImages(torch.utils.data.Dataset):
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
         path, label = self.samples[index]
-        crop = random_crop(common.read_pixels(path, self.in_chans), self.img_size)
+        crop = random_crop(common.read_image(path, self.in_chans), self.img_size)
         if self.augment:
             if crop.dtype != torch.uint8:
                 raise common.UnreadableImageError(f"{path}: --rand_augment is for 8-bit pixels")

@@ -111,7 +111,7 @@ def write_png_16_bit_rgb(path):
     )
 
 
-def test_read_image_refuses_damaged_and_16_bit_files(tmp_path):
+def test_read_image_refuses_damaged_files_and_other_bands(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
     good = tmp_path / "good.png"
@@ -120,13 +120,13 @@ def test_read_image_refuses_damaged_and_16_bit_files(tmp_path):
     write_png_16_bit_rgb(tmp_path / "deep_rgb.png")
     for name, reason in (
         ("text", "cannot identify"),
-        ("deep", "16-bit"),
-        ("deep_rgb", "16-bit"),
+        ("deep", "1 band, not 3"),
         ("half", "half.png"),
         ("gone", "No such"),
     ):
         with pytest.raises(common.UnreadableImageError, match=reason):
             common.read_image(tmp_path / f"{name}.png")
+    assert (common.read_image(tmp_path / "deep_rgb.png") == 3000).all()  # all 16 bits
 
 
 def test_skip_unreadable_takes_the_next_sample_and_says_so():
