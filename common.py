@@ -468,6 +468,8 @@ def _open_npy(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> _
 def _open_tiff(file: BinaryIO) -> _Raster:
     # Its images are the first page, and those of the same size that are neither overview nor mask.
     pages = [page.aspage() for page in tifffile.TiffFile(file).pages]
+    if not pages:
+        raise ValueError("a TIFF with no image in it")
     first, height, width = pages[0], pages[0].imagelength, pages[0].imagewidth
     pages = [page for page in pages[1:] if (page.imagelength, page.imagewidth, page.subfiletype & 1)
              == (height, width, 0)]
@@ -722,6 +724,10 @@ class PixelStats:
     std: list[float]
     sides: list[int]
 
+    def flags(self) -> str:
+        """Mean and standard deviation as they can be given to a script."""
+        return f"--mean {plain_decimals(self.mean)} --std {plain_decimals(self.std)}"
+
 
 def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
     """Measures the valid pixels of up to `count` evenly spaced samples; fails where none is readable.
@@ -771,28 +777,23 @@ def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float]
     Fails where none is readable, or most are smaller than --img_size. --mean and --std are taken as given;
     without them `mean` and `std` serve 8-bit RGB, and what is measured all else.
     """
-    found, lines = measure_pixels(samples, 32), []
+    found = measure_pixels(samples, 32)
     side, median = min(timm.layers.to_2tuple(args.img_size)), sorted(found.sides)[len(found.sides) // 2]
     if median < side:
         fail(f"--img_size {side}: most images are smaller; use {median}, their median, or less")
     samples.dtype = found.dtype
-    given = args.mean or args.std
-    if given and not len(args.mean or []) == len(args.std or []) == samples.in_chans:
-        fail(f"--mean, --std: give {samples.in_chans} values for each, or neither")
-    if given:
-        fits = all(abs(m - own) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own, own_s
+    if args.mean or args.std:
+        if not len(args.mean or []) == len(args.std or []) == samples.in_chans:
+            fail(f"--mean, --std: give {samples.in_chans} values for each, or neither")
+        fits = all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
                    in zip(args.mean, args.std, found.mean, found.std, strict=True))
-    elif samples.in_chans == 3 and found.dtype == torch.uint8:
-        args.mean, args.std, fits = list(mean), list(std), True
-    else:
-        found = measure_pixels(samples)
-        args.mean, args.std, fits = found.mean, found.std, True
-    words = f"--mean {plain_decimals(found.mean)} --std {plain_decimals(found.std)}"
-    if not fits:
-        lines.append(f"warning: --mean and --std are far from the images' own, {words}")
-    elif args.mean == found.mean:
-        lines.append(f"measured on some images: {words}")
-    return lines
+        return [] if fits else [f"warning: --mean and --std are far from the images' own, {found.flags()}"]
+    if samples.in_chans == 3 and found.dtype == torch.uint8:
+        args.mean, args.std = list(mean), list(std)
+        return []
+    found = measure_pixels(samples)
+    args.mean, args.std = found.mean, found.std
+    return [f"measured on some images: {found.flags()}"]
 
 
 def to_float(images: Tensor, mean: Sequence[float] | None = None,
