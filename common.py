@@ -257,6 +257,22 @@ def is_data(folder: Path, exclude: Path | None = None) -> bool:
     return folder.is_dir() and not hidden and other and not run_files(os.listdir(folder))
 
 
+def band(word: str) -> int | str:
+    """One of --bands: a number from 1, or a name."""
+    return int(word) if word.isdigit() else word
+
+
+def check_bands(args: argparse.Namespace) -> None:
+    """Fails where --bands contradict each other or --in_chans; sets args.in_chans, by default 3."""
+    if args.bands:
+        words = " ".join(map(str, args.bands))
+        if len({type(one) for one in args.bands}) > 1 or 0 in args.bands:
+            fail(f"--bands {words}: numbers from 1, or names, not both")
+        if args.in_chans not in (None, len(args.bands)):
+            fail(f"--in_chans {args.in_chans}: --bands {words} are {len(args.bands)}; leave it out")
+    args.in_chans = len(args.bands) if args.bands else args.in_chans or 3
+
+
 def is_named(bands: Sequence[int | str] | None) -> bool:
     """True for bands by name: then a folder with a file for each of them is the image."""
     return bool(bands) and isinstance(bands[0], str)
@@ -328,6 +344,8 @@ def _in_words(path: str | Path) -> Iterator[None]:
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):  # a decoder gone astray
+            reason = f"damaged ({type(error).__name__}: {reason})"
         raise UnreadableImageError(f"{path}: {reason}") from error
 
 
@@ -657,7 +675,8 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, paths: Sequence[str], in_chans: int = 3, bands: Sequence[int | str] | None = None,
                  tile_size: int | None = None):
-        self.paths, self.in_chans, self.bands, self.tile_size = paths, in_chans, bands, tile_size
+        self.paths, self.bands, self.tile_size = paths, bands, tile_size
+        self.in_chans = len(bands) if bands else in_chans
         self.dtype = None  # of the pixels, once it is known: then others are unreadable
         if tile_size:
             self.sizes = np.array([self._size(path) for path in paths], np.int32)  # N x 2
@@ -794,6 +813,18 @@ def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float]
     found = measure_pixels(samples)
     args.mean, args.std = found.mean, found.std
     return [f"measured on some images: {found.flags()}"]
+
+
+def load_samples(args: argparse.Namespace, process: Process, mean: Sequence[float],
+                 std: Sequence[float]) -> Samples:
+    """The samples below --data_path by --in_chans, --bands and --tile_size; see set_pixels for the rest."""
+    check_bands(args)
+    paths = list_images(args.data_path, args.output_dir, bands=args.bands)
+    samples = Samples(paths, args.in_chans, args.bands, args.tile_size)
+    lines = set_pixels(samples, args, mean, std)
+    if process.is_main:
+        print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    return samples
 
 
 def to_float(images: Tensor, mean: Sequence[float] | None = None,
