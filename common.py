@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import copy
 import difflib
+import errno
 import gc
 import hashlib
 import itertools
@@ -39,13 +40,20 @@ import safetensors.torch
 import tifffile
 import timm
 import timm.layers
+import timm.optim
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".npy"}
@@ -59,12 +67,15 @@ JP2_HEADS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # with boxes around the co
 TIFF_JPEGS = (6, 7, 34892, 33007)  # compressions that tifffile decodes to RGB
 MOST_NUMBERS = 2**30  # pixels times bands to read at once: 4 GB in float32
 RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT)
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
+                if hasattr(signal, name)]  # Windows lacks two
 # Flags of the training scripts that may change between a run and its continuation: those that do not make
 # the method. (Batch, accumulation and processes may change, their product, the effective batch, has to stay.)
 FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
               "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
-              "log_every", "max_steps"}
+              "log_every", "max_steps", "tensorboard"}
+# Flags that checkpoints of earlier versions lack, and what these did.
+YOUNGER_FLAGS = {}
 
 # --------------------------------------------------------------------------------------------------
 # Errors, processes, seeds
@@ -84,18 +95,63 @@ def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
     raise SystemExit(code)
 
 
-def check_range(args: object, positive: Sequence[str] = (), not_negative: Sequence[str] = (),
-                unit: Sequence[str] = (), finite: Sequence[str] = ()) -> None:
-    """Fails on the first flag out of its range (above 0, at least 0, in [0, 1]) or infinite; None passes."""
-    for names, allowed, words in ((positive, lambda value: 0 < value < math.inf, "above 0"),
-                                  (not_negative, lambda value: 0 <= value < math.inf, "at least 0"),
-                                  (unit, lambda value: 0 <= value <= 1, "between 0 and 1"),
-                                  (finite, math.isfinite, "finite")):
-        for name in names:
-            value = getattr(args, name)
-            values = value if isinstance(value, (list, tuple)) else [value]
-            if not all(number is None or allowed(number) for number in values):
-                fail(f"--{name} {' '.join(map(str, values))}: must be {words}")
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to a flag's help, except where it is None or the text tells it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told = action.default is None or "default:" in action.help
+        return action.help if told else super()._get_help_string(action)
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """A parser whose errors are one line, as those of `fail`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+    def error(message: str) -> NoReturn:
+        message = re.sub(r"^argument (--\w+): (\S+): (?=must be )", r"\1 \2: ", message)  # of the types below
+        fail(message.removeprefix("argument "))
+
+    parser.error = error
+    return parser
+
+
+def _number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not allowed(value):
+            raise argparse.ArgumentTypeError(f"{text}: must be {words}")
+        return value
+
+    words = f"a whole number {words}" if kind is int else words
+    return parse
+
+
+def positive(kind: type) -> Callable[[str], float]:
+    """Flag type: a finite int or float above 0."""
+    return _number(kind, lambda value: 0 < value < math.inf, "above 0")
+
+
+def not_negative(kind: type) -> Callable[[str], float]:
+    """Flag type: a finite int or float of at least 0."""
+    return _number(kind, lambda value: 0 <= value < math.inf, "at least 0")
+
+
+def unit(kind: type) -> Callable[[str], float]:
+    """Flag type: a number in [0, 1]."""
+    return _number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
+
+
+def finite(kind: type) -> Callable[[str], float]:
+    """Flag type: a number that is neither infinite nor NaN."""
+    return _number(kind, math.isfinite, "a finite number")
+
+
+def default_warmup(given: float | None, usual: int, epochs: int) -> float:
+    """Epochs of a warm-up: those given, else the `usual` ones, but at most a tenth of all."""
+    return min(usual, epochs / 10) if given is None else given
 
 
 @dataclass(frozen=True)
@@ -111,6 +167,11 @@ class Process:
     def is_main(self) -> bool:
         """True in the one process that prints and writes."""
         return self.rank == 0
+
+    def leave(self) -> None:
+        """Parts from the other processes, at the end."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
 
 def init_process(device: str) -> Process:
@@ -137,7 +198,7 @@ def init_process(device: str) -> Process:
         store = _store_of_this_start(rank, world_size)
         dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world_size)
-        cpu_group = dist.new_group(backend="gloo")
+        cpu_group = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
         atexit.register(_end_groups, [dist.group.WORLD, cpu_group])
     return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), cpu_group)
 
@@ -172,6 +233,11 @@ def _end_groups(groups: list[dist.ProcessGroup]) -> None:
 def stream_seed(*parts: int | str) -> int:
     """A 56-bit seed from any numbers and names; the same parts give the same seed everywhere."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "little")
+
+
+def generator(*parts: int | str) -> torch.Generator:
+    """A generator on the CPU, seeded with `stream_seed` of the parts."""
+    return torch.Generator().manual_seed(stream_seed(*parts))
 
 
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
@@ -840,7 +906,7 @@ def to_float(images: Tensor, mean: Sequence[float] | None = None,
 
 
 def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tensor] = read_image) -> None:
-    """Reads up to 32 images, evenly spaced; fails when none is readable or most are smaller than the crop."""
+    """Reads up to 32 images, evenly spaced; fails when none is readable, warns when most are smaller."""
     sides, reason = [], ""
     for path in paths[:: math.ceil(len(paths) / 32)]:
         try:
@@ -851,7 +917,8 @@ def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tens
         fail(f"--data_path: none of the images looked at is readable: {reason}")
     median = sorted(sides)[len(sides) // 2]
     if median < img_size:
-        fail(f"--img_size {img_size}: most images are smaller; use {median}, their median, or less")
+        print(f"warning: --img_size {img_size}: most images are smaller, so crops are enlarged, which costs "
+              f"time and adds nothing; {median} is their median side", file=sys.stderr)
 
 
 class SkipUnreadable(torch.utils.data.Dataset):
@@ -919,7 +986,8 @@ def _quiet_worker(_: int) -> None:
 
 def _end_workers() -> None:
     # Workers ignore SIGTERM, so after an error Python's own clean-up would wait for them for ever.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader complains that they died
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader complains that they died
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -1271,11 +1339,11 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
 
 
 def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | None) -> str:
-    """Fills `backbone` from `--init`, unless the run is resumed from `saved`; says where it starts."""
+    """Fills `backbone` from `--init`, unless the run is resumed from `saved`; returns where it starts."""
     if saved:
         return f"resumed at step {saved['step']}{', --init is not read again' if args.init else ''}"
     if not args.init:
-        return "from nothing"
+        return "from scratch"
     state, _ = read_weights(args.init, args.checkpoint_key, "--init")
     return load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
 
@@ -1325,15 +1393,66 @@ def param_groups(model: nn.Module) -> list[dict]:
             {"params": [p for name, p in trained if name in no_decay], "weight_decay": 0.0}]
 
 
+def build_optimizer(model: nn.Module, args: argparse.Namespace, **more: object) -> torch.optim.Optimizer:
+    """The optimizer of --optimizer, --lr and --weight_decay, of timm, on the groups of `param_groups`."""
+    if args.optimizer == "adamw":
+        more["fused"] = True  # one kernel for all tensors
+    name = "momentum" if args.optimizer == "sgd" else args.optimizer  # timm's "sgd" would be Nesterov's
+    return timm.optim.create_optimizer_v2(param_groups(model), opt=name, lr=args.lr, momentum=0.9,
+                                          weight_decay=args.weight_decay, **more)
+
+
+def to_device(model: nn.Module, device: torch.device) -> nn.Module:
+    """Moves a network; convolutional ones on a GPU to channels_last memory, which is faster there."""
+    model.to(device)
+    if device.type == "cuda" and not any(hasattr(module, "patch_embed") for module in model.modules()):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def distributed(model: nn.Module, process: Process) -> nn.Module:
+    """The network in DistributedDataParallel, or as it is where there is one process."""
+    if process.world_size == 1:
+        return model
+    device_ids = [process.device.index] if process.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids)
+
+
+def accumulating(model: nn.Module, micro: int, accum_steps: int) -> contextlib.AbstractContextManager:
+    """Context of micro-batch `micro`: processes exchange gradients with the last one only."""
+    waits = micro < accum_steps - 1 and isinstance(model, DistributedDataParallel)
+    return model.no_sync() if waits else contextlib.nullcontext()
+
+
+def mean_terms(terms: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean over micro-batches of each of the terms, scalars or 1-D."""
+    return {name: torch.stack([of_micro[name] for of_micro in terms]).mean(0) for name in terms[0]}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Sets the learning rate of all groups; those with an `lr_scale` (layer decay) get their share."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+
+
 @torch.no_grad()
-def grad_norm(model: nn.Module, scaler: torch.amp.GradScaler) -> Tensor:
-    """Norm of the whole unscaled gradient; may be infinite or NaN although the loss is finite.
+def grad_norm(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> Tensor:
+    """Unscales the gradient and returns its norm, which may be infinite or NaN although the loss is finite.
 
     An overflow of fp16 counts as 0: the scaler leaves that step out and takes a smaller scale.
     """
-    norms = torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None])
+    scaler.unscale_(optimizer)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norms = torch._foreach_norm([p.grad for p in parameters if p.grad is not None])
     norm = torch.linalg.vector_norm(torch.stack(norms))
     return norm.nan_to_num(0.0, 0.0, 0.0) if scaler.is_enabled() else norm
+
+
+def optimizer_step(optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Steps, after `grad_norm`, and forgets the gradient."""
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
 
 
 @torch.no_grad()
@@ -1387,31 +1506,6 @@ def load_checkpoint(path: str | Path) -> dict:
         raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
 
 
-def resume_checkpoint(path: Path, identity: dict, free_flags: set[str]) -> dict | None:
-    """Loads the checkpoint of an interrupted run; None when there is none.
-
-    Args:
-        path: checkpoint.pth of the output folder.
-        identity: what the checkpoint would hold now under args, images and other names: all have to be equal.
-        free_flags: flags that may differ between the two runs.
-    """
-    if not path.exists():
-        return None
-    try:
-        saved = load_checkpoint(path)
-        before, after = {**saved["args"]}, {**identity["args"]}
-        for what in identity.keys() - {"args"}:
-            before[what], after[what] = saved[what], identity[what]
-    except (ValueError, KeyError, TypeError) as error:
-        fail(f"--output_dir: {path} cannot be resumed: {error}")
-    changed = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
-               for name in sorted(before.keys() | after.keys())
-               if name not in free_flags and before.get(name) != after.get(name)]
-    if changed:
-        fail(f"--output_dir {path.parent}: its run had other settings: {'; '.join(changed)}")
-    return saved
-
-
 def make_output_dir(folder: str, process: Process) -> Path:
     """Creates the output folder, if need be, and makes sure that it can be written to."""
     try:
@@ -1447,20 +1541,6 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **libraries, "commit": git or "unknown"}
 
 
-class StopSignal:
-    """Is `seen` after SIGTERM, SIGUSR1, SIGHUP, Ctrl-C: the run ends after its step. Ctrl-C again ends it."""
-
-    def __init__(self):
-        self.seen = False
-        for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup's
-                signal.signal(number, self._remember)
-
-    def _remember(self, number: int, frame: object) -> None:
-        self.seen = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def check_alike(process: Process, **values: int) -> None:
     """Fails when not all processes have the same values, as when machines have folders of their own."""
     if process.world_size == 1:
@@ -1491,41 +1571,247 @@ def feature_std(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
-class Meter:
-    """Collects a log interval: loss terms (left on the device), times, unreadable images.
+def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float], std: Sequence[float],
+              dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Writes a PNG with a row per image: its views, normalised C x h x w of any size, centred on white.
+
+    The first three bands are red, green and blue; of fewer the first is grey. `mean`, `std` and `dtype` are
+    those that normalize was given. Returns the picture, 3 x H x W in [0, 1].
+    """
+    side = max(max(view.shape[1:]) for row in rows for view in row)
+    if dtype != torch.uint8:  # as to_float: three deviations either way
+        mean, std = [0.5] * len(mean), [1 / 6] * len(std)
+    grid = torch.ones(len(rows) * len(rows[0]), 3, side, side)
+    for cell, view in zip(grid, (view for row in rows for view in row), strict=True):
+        (_, h, w), view = view.shape, view.float().cpu() * _per_band(std, cell) + _per_band(mean, cell)
+        top, left = (side - h) // 2, (side - w) // 2
+        cell[:, top : top + h, left : left + w] = view[: 3 if len(view) > 2 else 1].clamp(0, 1)
+    grid = torchvision.utils.make_grid(grid, nrow=len(rows[0]), pad_value=1.0)
+    write_atomically(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
+    return grid
+
+
+# --------------------------------------------------------------------------------------------------
+# A training run: what all of them do alike
+# --------------------------------------------------------------------------------------------------
+
+
+def add_run_flags(parser: argparse.ArgumentParser, amp: str = "auto") -> None:
+    """Adds the flags that `Run` and `init_process` take, the group "run"; `amp` is the default of --amp."""
+    add, yes_no = parser.add_argument_group("run").add_argument, argparse.BooleanOptionalAction
+    add("--output_dir", required=True, help="where everything is written; a run found there is resumed")
+    add("--seed", type=not_negative(int), default=0, help="of weights, order and all random draws")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default=amp, help="auto: bf16 on GPUs with it")
+    add("--compile", action=yes_no, default=False, help="torch.compile the networks; pays on long runs")
+    add("--save_every", type=positive(int), default=1, help="epochs between checkpoints; more where epochs "
+        "are short")
+    add("--save_minutes", type=not_negative(float), default=15.0, help="and the longest time between them")
+    add("--log_every", type=positive(int), default=20, help="steps between lines of the log")
+    add("--max_steps", type=positive(int), help="stop after so many optimizer steps; schedules keep to "
+        "--epochs")
+    add("--tensorboard", action=yes_no, default=False, help="write the log and the pictures as events too; "
+        "needs the package tensorboard")
+
+
+class Run:
+    """Everything of a training run but networks, loss and loop.
+
+    It counts steps, finds and checks an earlier checkpoint, and fills networks and optimizer from it. It
+    hands out steps and batches, writes the log, pictures and checkpoints, and stops after a signal. It ends
+    the run on values that are not finite and on too many unreadable images, and warns of collapse.
 
     Args:
+        args: flags of add_run_flags, and data_path, batch_size_per_gpu, accum_steps, epochs, num_workers; to
+            export a backbone also img_size, mean and std.
         process: this one.
-        images: files of the data set; more than 1 % of them unreadable ends the run.
+        samples: of an epoch.
+        images: files that they are made from; more than 1 % of them unreadable ends the run.
+        free_flags: flags that may differ between a run and its continuation.
+
+    Attributes:
+        effective_batch: samples of an optimizer step, over micro-batches and processes.
+        steps_per_epoch, total_steps: of the schedules.
+        start_step, stop_step: of this start; steps are counted from 0.
+        saved: the earlier checkpoint until `restore`, or None.
+        autocast, scaler: of --amp.
+        stopped: a signal ended the run early.
     """
 
-    def __init__(self, process: Process, images: int):
-        self.process, self.images, self.unreadable = process, images, set()
-        self.restart()
+    def __init__(self, args: argparse.Namespace, process: Process, samples: int, images: int,
+                 free_flags: set[str] = FREE_FLAGS):
+        self.args, self.process, self.samples, self.images = args, process, samples, images
+        self.autocast = autocast(args.amp, process.device)
+        self.scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
+        self.effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
+        self.steps_per_epoch = samples // self.effective_batch
+        if not self.steps_per_epoch:
+            fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
+                 f"{self.effective_batch}, is larger than the data, {samples}")
+        self.total_steps = args.epochs * self.steps_per_epoch
+        self.out = make_output_dir(args.output_dir, process)
+        self._lock, self._events = None, None
+        if process.is_main:
+            self._lock = _lock(self.out)
+            self._events = _event_writer(self.out) if args.tensorboard else None
+        self.identity = {"images": images, "samples": samples, "effective_batch": self.effective_batch}
+        self.saved = self._find_checkpoint(free_flags)
+        self.start_step = self.saved["step"] if self.saved else 0
+        stop_step = min(self.total_steps, args.max_steps or self.total_steps)
+        self.stop_step = max(self.start_step, stop_step)  # a run that is further already has nothing to do
+        check_alike(process, images=images, samples=samples, start_step=self.start_step)
+        self.unreadable, self.stopped, self._signal_seen = set(), False, False
 
-    def restart(self) -> None:
-        """Begins an interval; after checkpoints and pictures, so that their time does not count."""
-        self.terms, self.waited, self.began = [], 0.0, time.perf_counter()
+    def _find_checkpoint(self, free_flags: set[str]) -> dict | None:
+        path = self.out / "checkpoint.pth"
+        if not path.exists():
+            return None
+        try:
+            saved = load_checkpoint(path)
+            before = {**YOUNGER_FLAGS, **saved["args"], "samples": saved["images"],
+                      **{name: saved[name] for name in self.identity if name in saved}}
+        except (ValueError, KeyError, TypeError) as error:
+            fail(f"--output_dir: {path} cannot be resumed: {error}")
+        after = {**plain(self.args), **self.identity}
+        changed = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
+                   for name in sorted(before.keys() | after.keys())
+                   if name not in free_flags and before.get(name) != after.get(name)]
+        if changed:
+            fail(f"--output_dir {self.out}: its run had other settings: {'; '.join(changed)}")
+        return saved
 
-    def fetch(self, batches: Iterator) -> object:
-        """The next batch, timed; warns about images that could not be read, once each."""
+    def restore(self, backbone: nn.Module | None, **stateful: object) -> None:
+        """Fills `stateful` from the earlier checkpoint, if there is one; checkpoints will hold their states.
+
+        Args:
+            backbone: exported to OUT/backbone with each checkpoint; None: nothing is.
+            stateful: networks, optimizer and losses by the names they have in the checkpoint.
+        """
+        self.backbone, self.stateful = backbone, {**stateful, "scaler": self.scaler}
+        for name, part in self.stateful.items():
+            if self.saved and self.saved[name]:  # the scaler has no state without fp16
+                part.load_state_dict(self.saved[name])
+        self.saved = None
+
+    def loader(self, dataset: torch.utils.data.Dataset) -> torch.utils.data.DataLoader:
+        """Loader of this process's micro-batches from the first step of this start to the last."""
+        args, process = self.args, self.process
+        sampler = StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
+                              self.start_step, self.stop_step)
+        return build_loader(dataset, sampler, args.num_workers, process.device)
+
+    def steps(self, loader: torch.utils.data.DataLoader, init: str | list[str] = (),
+              floors: dict[str, float] | None = None, advice: str = "", **header: object) -> Iterator[int]:
+        """Yields the steps that are left; ends early after SIGTERM, SIGUSR1, SIGHUP or Ctrl-C.
+
+        Args:
+            loader: of `Run.loader`.
+            init: a line, or lines, on where the weights come from; printed first.
+            floors: health figures, and the value that a collapsed network is below. One that stays below for
+                a tenth of the run, and five lines, brings one warning with `advice`.
+            advice: what to try then.
+            header: derived values, printed and written to the log before training.
+        """
+        process, amp = self.process, autocast_dtype(self.args.amp, self.process.device)
+        derived = {"device": device_name(process.device), "processes": process.world_size,
+                   "amp": str(amp).removeprefix("torch.") if amp else "off", "images": self.images,
+                   "samples": self.samples, "effective_batch": self.effective_batch,
+                   "steps_per_epoch": self.steps_per_epoch, "steps": self.total_steps,
+                   "from_step": self.start_step, "to_step": self.stop_step, **header}
+        alone = self.args.batch_size_per_gpu == 1  # one image has no spread
+        self.floors = {} if alone or not floors else floors
+        self.advice, self.below = advice, {name: [] for name in self.floors}
+        self.versions, self.saved_at = versions(), time.monotonic()
+        if self.process.is_main:
+            for line in [init] if isinstance(init, str) else init:
+                print(line)
+            print("  ".join(f"{name} {value}" for name, value in derived.items()), flush=True)
+            self._begin_log({"argv": sys.argv, "versions": self.versions, "init": init, **derived})
+        self.bar = tqdm(total=self.stop_step, initial=self.start_step, unit="step", dynamic_ncols=True,
+                        disable=not (self.process.is_main and sys.stderr.isatty()))
+        ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+        handlers = {number: signal.signal(number, self._on_signal) for number in STOP_SIGNALS
+                    if number not in ignored - {signal.SIGINT, signal.SIGTERM}}  # nohup ignores SIGHUP
+        self.batches = iter(loader)
+        self._restart_interval()
+        try:
+            for step in range(self.start_step, self.stop_step):
+                self.step = step
+                yield step
+                if self.stopped:
+                    break
+        finally:
+            self.batches = None  # ends the workers
+            self.bar.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            if self._events:
+                self._events.close()
+        if self.process.is_main:
+            print(f"stopped by a signal after a checkpoint; the same command resumes: {self.out}"
+                  if self.stopped else f"{self.stop_step} steps done: {self.out}", flush=True)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        self._signal_seen = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C again ends it at once
+
+    def fetch(self) -> object:
+        """The next micro-batch, on the device; warns about images that could not be read, once each."""
         began = time.perf_counter()
         try:
-            batch, messages = next(batches)
+            batch, messages = next(self.batches)
         except UnreadableImageError as error:
             fail(str(error).splitlines()[-1], 1, everywhere=True)  # before it comes the worker's traceback
         self.waited += time.perf_counter() - began
         for message in set(messages) - self.unreadable:
             print(f"warning: unreadable, another image taken: {message}", file=sys.stderr, flush=True)
             self.unreadable.add(message)
-        return batch
+        if isinstance(batch, Tensor):
+            return batch.to(self.process.device, non_blocking=True)
+        return [part.to(self.process.device, non_blocking=True) for part in batch]
 
-    def end_step(self, terms: dict[str, Tensor]) -> None:
-        """Adds the loss terms of one optimizer step, scalars or 1-D, without gradient."""
+    def is_due(self, step: int) -> bool:
+        """True where the log gets a line after `step`: time for figures and pictures that cost something."""
+        return (step + 1) % self.args.log_every == 0 or self._ends_period(step + 1)
+
+    def _ends_period(self, done: int) -> bool:
+        epochs, rest = divmod(done, self.steps_per_epoch)
+        return done == self.stop_step or (rest == 0 and epochs % self.args.save_every == 0)
+
+    def draw(self, name: str, rows: Sequence[Sequence[Tensor]], dtype: torch.dtype = torch.uint8) -> None:
+        """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count."""
+        if self.process.is_main:
+            began = time.perf_counter()
+            grid = save_grid(self.out / name, rows, self.args.mean, self.args.std, dtype)
+            if self._events:
+                self._events.add_image(Path(name).stem, grid, self.step)
+            self.began += time.perf_counter() - began
+
+    def end_step(self, step: int, terms: dict[str, Tensor], **values: float) -> None:
+        """Collects the terms of a step; writes a line of the log and a checkpoint where they are due.
+
+        Args:
+            step: that has been done.
+            terms: scalars or 1-D, without gradient; the log shows their means over steps and processes.
+            values: as they stand after this step, such as lr; the log shows those of its last step.
+        """
         self.terms.append(terms)
+        overdue = time.monotonic() - self.saved_at > 60 * self.args.save_minutes
+        stopping, overdue = agree(self.process, self._signal_seen, overdue)
+        done, saving = step + 1, stopping or overdue or self._ends_period(step + 1)
+        if saving or self.is_due(step):
+            self._write_line(done, {"epoch": done // self.steps_per_epoch, **self._summary(done), **values})
+        if saving:
+            self._save(done)
+            self._restart_interval()  # the time of saving does not count
+        self.bar.update()
+        self.stopped = stopping and done < self.stop_step
 
-    def summary(self, step: int, effective_batch: int) -> dict[str, float | list[float]]:
-        """Means over steps and processes since the last call; fails where the run must not go on."""
+    def _restart_interval(self) -> None:
+        self.terms, self.waited, self.began = [], 0.0, time.perf_counter()
+
+    def _summary(self, done: int) -> dict[str, float | list[float]]:
+        # Means over steps and processes since the last line; fails where the run must not continue.
         shapes = {name: value.shape for name, value in self.terms[0].items()}
         sizes = [shape.numel() for shape in shapes.values()]
         rows = [torch.cat([value.flatten() for value in terms.values()]) for terms in self.terms]
@@ -1544,106 +1830,88 @@ class Meter:
             unreadable = set().union(*everywhere)
         if not table.isfinite().all():
             row = int((~table.isfinite()).any(1).nonzero()[0])
-            terms = named(table[row])
-            step -= len(table) - row - 1
-            fail(f"step {step}: not finite: {terms}; the last checkpoint stays. Try a lower --lr", code=1)
+            fail(f"step {done - len(table) + row + 1}: not finite: {named(table[row])}; the last checkpoint "
+                 "stays. Try a lower --lr", code=1)
         if len(unreadable) > 0.01 * self.images:
             fail(f"{len(unreadable)} of {self.images} images unreadable, over 1 %: {min(unreadable)}", 1)
         per_step = (time.perf_counter() - self.began) / len(table)
         result = named(table.mean(0))
-        result.update(images_per_s=effective_batch / per_step, step_seconds=per_step,
+        result.update(images_per_s=self.effective_batch / per_step, step_seconds=per_step,
                       data_seconds=self.waited / len(table), unreadable=len(unreadable))
-        self.restart()
+        self._restart_interval()
         return result
 
+    def _save(self, done: int) -> None:
+        if self.process.is_main:
+            state = {name: part.state_dict() for name, part in self.stateful.items()}
+            state |= {"args": plain(self.args), **self.identity, "step": done,
+                      "epoch": done // self.steps_per_epoch, "versions": self.versions}
+            if self.backbone is not None:
+                export_backbone(self.backbone, self.out / "backbone", self.args.img_size, self.args.mean,
+                                self.args.std)
+            write_atomically(self.out / "checkpoint.pth", lambda file: torch.save(state, file))
+        self.saved_at = time.monotonic()
 
-class RunLog:
-    """log.jsonl and the progress bar of the main process; the other processes get one that does nothing.
+    def _begin_log(self, header: dict) -> None:
+        # Lines of later steps, from a run that was killed after its last checkpoint, go: they are done again.
+        def step(line: str) -> float:
+            try:
+                return json.loads(line).get("step", 0)
+            except (json.JSONDecodeError, AttributeError):  # half a line, from a kill while it was written
+                return math.inf
 
-    Args:
-        folder: where log.jsonl is.
-        process: this one.
-        end_step: where it ends.
-        start_step: where this part of it begins; lines of later steps are deleted: these are done again.
-        header: of this part.
-        floors: health figures, and the value that a collapsed network is below. One that stays below for a
-            tenth of the run, and five lines, brings one warning with `advice`.
-        advice: what to try then.
-    """
-
-    def __init__(self, folder: Path, process: Process, end_step: int, start_step: int, header: dict,
-                 floors: dict[str, float] | None = None, advice: str = ""):
-        self.active, self.floors, self.advice = process.is_main, floors or {}, advice
-        if not self.active:
-            return
-        self.below, self.patience = {name: [] for name in self.floors}, end_step / 10
-        self.path = folder / "log.jsonl"
-        with writing(self.path):
-            there = self.path.exists() and start_step
-            old = self.path.read_text(errors="replace").splitlines() if there else []
-        kept = [line for line in old if self._step(line) <= start_step]  # later steps will be done again
+        path = self.out / "log.jsonl"
+        with writing(path):
+            old = path.read_text(errors="replace") if path.exists() and self.start_step else ""
+        kept = [line for line in old.splitlines() if step(line) <= self.start_step]
         text = "".join(line + "\n" for line in [*kept, json.dumps(header)])
-        write_atomically(self.path, lambda file: file.write(text.encode()))
-        self.bar = tqdm(total=end_step, initial=start_step, unit="step", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())
+        write_atomically(path, lambda file: file.write(text.encode()))
 
-    @staticmethod
-    def _step(line: str) -> float:
-        try:
-            return json.loads(line).get("step", 0)
-        except (json.JSONDecodeError, AttributeError):  # half a line, from a kill while it was written
-            return math.inf
-
-    def _watch(self, step: int, values: dict) -> None:
-        for name, floor in self.floors.items():
-            self.below[name] = below = [*self.below[name], step] if values[name] < floor else []
-            if len(below) >= 5 and step - below[0] >= self.patience:
-                print(f"warning: {name} below {floor} since step {below[0]}: collapse, the network says the "
-                      f"same of all images. {self.advice}", file=sys.stderr, flush=True)
-                self.floors = {}  # once is enough
-                return
-
-    def write(self, step: int, values: dict) -> None:
-        """Appends one line with `step` and `values`, and shows it."""
-        if not self.active:
+    def _write_line(self, done: int, values: dict) -> None:
+        if not self.process.is_main:
             return
-        with writing(self.path), open(self.path, "a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        self._watch(step, values)
+        with writing(self.out / "log.jsonl"), open(self.out / "log.jsonl", "a") as file:
+            file.write(json.dumps({"step": done, **values}) + "\n")
+        self._watch(done, values)
         words = []
         for name, value in values.items():
             numbers = value if isinstance(value, list) else [value]
             words.append(" ".join([name, *(f"{x:.4g}" if isinstance(x, float) else str(x) for x in numbers)]))
+            for i, number in enumerate(numbers if self._events else []):
+                self._events.add_scalar(f"{name}/{i}" if isinstance(value, list) else name, number, done)
         if self.bar.disable:
-            print(f"step {step}/{self.bar.total}", *words, sep="  ", flush=True)
+            print(f"step {done}/{self.stop_step}", *words, sep="  ", flush=True)
         else:
             self.bar.set_postfix_str("  ".join(words[:4]))  # the rest would not fit on a line
 
-    def advance(self) -> None:
-        """One optimizer step done."""
-        if self.active:
-            self.bar.update()
+    def _watch(self, done: int, values: dict) -> None:
+        for name in self.floors.keys() & values.keys():
+            low = values[name] < self.floors[name]
+            self.below[name] = below = [*self.below[name], done] if low else []
+            if len(below) >= 5 and done - below[0] >= self.stop_step / 10:
+                print(f"warning: {name} below {self.floors[name]} since step {below[0]}: collapse, features "
+                      f"are nearly identical for all images. {self.advice}", file=sys.stderr, flush=True)
+                self.floors = {}  # once is enough
+                return
 
-    def close(self) -> None:
-        """Ends the progress bar."""
-        if self.active:
-            self.bar.close()
+
+def _lock(out: Path) -> object:
+    # Held until this process ends, however it ends. A record lock, because workers inherit the other kind.
+    if fcntl is None:
+        return None
+    with writing(out / ".lock"):
+        file = open(out / ".lock", "w")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # else this file system has no locks
+            fail(f"--output_dir {out}: another run is writing there; wait for it or take another folder")
+    return file
 
 
-def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float], std: Sequence[float],
-              dtype: torch.dtype = torch.uint8) -> None:
-    """Writes a PNG with a row per image: its views, normalised C x h x w of any size, centred on white.
-
-    The first three bands are red, green and blue; of fewer the first is grey. `mean`, `std` and `dtype` are
-    those that normalize was given.
-    """
-    side = max(max(view.shape[1:]) for row in rows for view in row)
-    if dtype != torch.uint8:  # as to_float: three deviations about the mean
-        mean, std = [0.5] * len(mean), [1 / 6] * len(std)
-    grid = torch.ones(len(rows) * len(rows[0]), 3, side, side)
-    for cell, view in zip(grid, (view for row in rows for view in row), strict=True):
-        (_, h, w), view = view.shape, view.float().cpu() * _per_band(std, cell) + _per_band(mean, cell)
-        top, left = (side - h) // 2, (side - w) // 2
-        cell[:, top : top + h, left : left + w] = view[: 3 if len(view) > 2 else 1].clamp(0, 1)
-    grid = torchvision.utils.make_grid(grid, nrow=len(rows[0]), pad_value=1.0)
-    write_atomically(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
+def _event_writer(out: Path) -> object:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        fail("--tensorboard: the package tensorboard is not installed: pip install tensorboard")
+    return SummaryWriter(str(out / "events"))

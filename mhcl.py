@@ -15,7 +15,8 @@ arXiv 2003.04297), which is `--no-mhcl` here.
 
 Two views of each image: the query encoder sees one, the key encoder (its moving average) the other. A query
 has to find its own key among a queue of earlier keys. MHCL asks this after each of the four stages, and asks
-it again with pairs that are pushed apart and with negatives that are blends of two.
+it again with pairs that are pushed apart and with negatives that are blends of two. Read `extrapolate`,
+`interpolate`, `MHCLLoss` and `train` first.
 
     symbol       variable         flag (default)            what
     B            B                batch_size_per_gpu (128)  images per process and micro-batch
@@ -31,25 +32,14 @@ it again with pairs that are pushed apart and with negatives that are blends of 
     tau          moco_t           moco_t (.2)               temperature of the softmax
     m            moco_m           moco_m (.99)              momentum of the key encoder
 
-lambda and mu are drawn once per step and scale, pi once per step. Scales and their hard features have queues
-of their own, R x C x K floats, 268 MB with the defaults (8 x 128 x 65,536), which are never copied: logits
-are linear in the negatives, so it is the S x B x K logits that are blended. Choose K by the data. With a
-queue of half an epoch, one query in eight meets an older key of its own image as a negative; with one of a
-whole epoch, one in two. So make K at most half the number of images (2,100 images: 1024).
-
-BatchNorm's statistics tell which images a batch holds, and a query could find its key by them. So, as in
-MoCo, keys are normalised in other company than their queries: the key views of all processes are shuffled,
-and each process encodes another share. One that is alone has groups in place of processes: it cuts its
-queries, and its shuffled keys, into `--bn_groups` parts that BatchNorm sees one by one. (Swin and ConvNeXt
-have no BatchNorm.) The more groups, or processes, the less company a key shares with its query.
-
 Differs from the authors' code:
 - `--no-mhcl` runs, on one process too, on CPUs too;
 - lambda, mu and pi are the same in all processes, drawn by torch from the seed and the step;
 - the learning rate is set step by step, not by epoch, and scaled to the batch (.03 at 256: .015 at 128);
-- no weight decay on biases and norm weights;
+- the queue need not be a multiple of the batch; no weight decay on biases and norm weights;
 - workers crop, resize and flip in uint8 with antialiasing; colour follows on the device, batch by batch;
 - stage 4 gives the backbone's own pooled features: of Swin and ConvNeXt those after the last norm;
+- one process puts groups of its batch in place of MoCo's GPUs (`Encoder.forward`, `Shuffle`);
 - the queue is saved; order, crops and draws follow from seed and step: a resumed run repeats the unbroken
   one.
 
@@ -60,23 +50,17 @@ import argparse
 import copy
 import math
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
 
-import timm.optim
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process
+from common import Process, finite, not_negative, positive, unit
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -85,80 +69,75 @@ from common import Process
 
 def get_parser() -> argparse.ArgumentParser:
     """All flags; the defaults are the authors', of their README."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_no = argparse.BooleanOptionalAction
+    parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of images, at any depth")
-    add("--img_size", type=int, default=224, help="side of both views")
-    add("--mean", type=float, nargs=3, default=common.IMAGENET_MEAN, help="of RGB in [0, 1]")
-    add("--std", type=float, nargs=3, default=common.IMAGENET_STD, help="of RGB in [0, 1]")
-    add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
+    add("--img_size", type=positive(int), default=224, help="side of both views")
+    add("--mean", type=finite(float), nargs=3, default=common.IMAGENET_MEAN, help="of RGB in [0, 1]")
+    add("--std", type=positive(float), nargs=3, default=common.IMAGENET_STD, help="of RGB in [0, 1]")
+    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
+        "most 16")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="resnet50", help="a timm model that gives four stages, such as resnet18, "
         "wide_resnet50_2, resnext50_32x4d, swin_tiny_patch4_window7_224, convnext_tiny; with --no-mhcl any")
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
-    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the one its run exports")
+    add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
+        "exports")
     add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
 
     add = parser.add_argument_group("method").add_argument
     add("--mhcl", action=yes_no, default=True, help="four scales and hard features; without: MoCo v2")
     add("--mlp", action=yes_no, default=True, help="two layers behind the last stage; without: one (MoCo v1)")
     add("--aug_plus", action=yes_no, default=True, help="MoCo v2's augmentation, with blur; without: v1's")
-    add("--moco_dim", type=int, default=128, help="C, width of queries and keys; seldom changed")
-    add("--moco_k", type=int, default=65536, help="K, a multiple of the effective batch; at most half "
-        "the images")
-    add("--moco_m", type=float, default=0.99, help="momentum of the key encoder; .999 for long runs of MoCo")
-    add("--moco_t", type=float, default=0.2, help="tau; .07 for MoCo v1; lower: nearest negatives count more")
-    add("--a", type=float, default=1.0, help="lambda and mu are drawn from Beta(a, b), of mean a / (a + b); "
-        "the authors' values for other data are in our README")
-    add("--b", type=float, default=0.1, help="more: lambda and mu are smaller, so pairs are pushed apart "
-        "less, and a negative's partner weighs more")
-    add("--bn_groups", type=int, help="cut the batch into so many parts for BatchNorm; none: parts of about "
-        "32 images, at least 2, if there is one process, and no cut if there are several")
+    add("--moco_dim", type=positive(int), default=128, help="C, width of queries and keys; seldom changed")
+    add("--moco_k", type=positive(int), default=65536, help="K. We recommend at most half the number of "
+        "images: with a queue of half an epoch, one query in eight meets an older key of its own image as a "
+        "negative; with one of a whole epoch, one in two")
+    add("--moco_m", type=unit(float), default=0.99, help="momentum of the key encoder; we recommend .999 for "
+        "long runs of MoCo")
+    add("--moco_t", type=positive(float), default=0.2, help="tau; .07 for MoCo v1; the lower, the more the "
+        "nearest negatives count")
+    add("--a", type=positive(float), default=1.0, help="lambda and mu are drawn from Beta(a, b), of mean "
+        "a / (a + b). The authors took 20 (and b .1) for UC Merced, 10 for NWPU-RESISC45")
+    add("--b", type=positive(float), default=0.1, help="the higher, the smaller lambda and mu: pairs are "
+        "pushed apart less, and a negative's partner weighs more")
+    add("--bn_groups", type=positive(int), help="parts of a batch that BatchNorm sees one by one; default: "
+        "parts of about 32 images, at least 2, where there is one process, else 1")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=800, help="length of all schedules; small data needs more")
-    add("--batch_size_per_gpu", type=int, default=128, help="images per process and micro-batch")
-    add("--accum_steps", type=int, default=1, help="micro-batches per optimizer step, where memory is small")
-    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="adamw: for Swin and ConvNeXt")
-    add("--lr", type=float, default=0.03, help="at an effective batch of 256; scaled linearly to the actual; "
-        "5e-4 with adamw")
+    add("--epochs", type=positive(int), default=800, help="length of all schedules; small data needs more")
+    add("--batch_size_per_gpu", type=positive(int), default=128, help="images per process and micro-batch")
+    add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step, where memory "
+        "is small")
+    add("--optimizer", choices=["sgd", "adamw"], default="sgd", help="we recommend adamw for Swin, ConvNeXt")
+    add("--lr", type=positive(float), default=0.03, help="at an effective batch of 256, scaled linearly; we "
+        "recommend 5e-4 with adamw")
     add("--cos", action=yes_no, default=True, help="cosine of the rate to 0; without: see --schedule")
-    add("--schedule", type=int, nargs="*", default=[120, 160], help="epochs at which --no-cos takes a "
-        "tenth of the rate")
-    add("--warmup_epochs", type=float, default=0, help="of the learning rate; 10 with adamw")
-    add("--weight_decay", type=float, default=1e-4, help="not on biases and norms; .05 with adamw")
+    add("--schedule", type=positive(int), nargs="*", help="epochs at which --no-cos takes a tenth of the "
+        "rate; default: 120 160")
+    add("--warmup_epochs", type=not_negative(float), default=0.0, help="of the learning rate; we recommend "
+        "10 with adamw")
+    add("--weight_decay", type=not_negative(float), default=1e-4, help="not on biases and norms; we "
+        "recommend .05 with adamw")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", required=True, help="where all is written; a run found there goes on")
-    add("--seed", type=int, default=0, help="of weights, order, crops, colour and hard features")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 on GPUs with it")
-    add("--compile", action=yes_no, default=False, help="torch.compile the encoders; pays on long runs")
-    add("--save_every", type=int, default=1, help="epochs between checkpoints; more where epochs are short")
-    add("--save_minutes", type=float, default=15, help="and the longest time between them")
-    add("--log_every", type=int, default=20, help="steps between lines of the log")
-    add("--max_steps", type=int, help="stop after this many optimizer steps; schedules keep to --epochs")
+    common.add_run_flags(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses values out of range and pairs that contradict each other, before any work."""
-    positive = ("img_size moco_dim moco_k moco_t a b bn_groups epochs batch_size_per_gpu accum_steps lr "
-                "save_every log_every max_steps std")
-    not_negative = "num_workers warmup_epochs weight_decay save_minutes seed"
-    common.check_range(args, positive.split(), not_negative.split(), unit=["moco_m"], finite=["mean"])
+    """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
     if args.warmup_epochs >= args.epochs:
-        common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
-    if args.cos and args.schedule != get_parser().get_default("schedule"):
-        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: only with --no-cos")
-    if not args.cos and not all(0 < epoch < args.epochs for epoch in args.schedule):
-        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be between 0 and --epochs "
-                    f"{args.epochs}")
+        common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
+    if args.schedule is not None:
+        given = " ".join(map(str, args.schedule))
+        if args.cos:
+            common.fail(f"--schedule {given}: only with --no-cos")
+        if not all(epoch < args.epochs for epoch in args.schedule):
+            common.fail(f"--schedule {given}: must be less than --epochs {args.epochs}")
+    args.schedule = [120, 160] if args.schedule is None else args.schedule
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,9 +160,9 @@ class PairDataset(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, item: tuple[int, int]) -> list[Tensor]:
+    def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
         """Returns the query's and the key's view, uint8 3 x img_size x img_size."""
-        epoch, index = item
+        epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
         image = common.read_image(self.paths[index])
         return [self._crop(image), self._crop(image)]
@@ -194,20 +173,17 @@ class PairDataset(torch.utils.data.Dataset):
         return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
-def color_views(crops: Tensor, aug_plus: bool, mean: Sequence[float], std: Sequence[float],
-                generator: torch.Generator) -> Tensor:
+def color_views(crops: Tensor, args: argparse.Namespace, generator: torch.Generator) -> Tensor:
     """Colour, blur and normalise on the crops' device; every sample has its own draws.
 
     Args:
         crops: uint8 N x 3 x H x W.
-        aug_plus: MoCo v2's (jitter, grey, blur), or v1's (grey, jitter).
-        mean: of RGB in [0, 1].
-        std: of RGB in [0, 1].
+        args: aug_plus chooses MoCo v2's changes (jitter, grey, blur) or v1's (grey, jitter); mean, std.
         generator: on the CPU.
     """
     x, N = common.to_float(crops), len(crops)
     gray = common.bernoulli(torch.full((N,), 0.2), generator)
-    if aug_plus:
+    if args.aug_plus:
         jitter = common.draw_color_jitter((0.4, 0.4, 0.4, 0.1), torch.full((N,), 0.8), generator)
         blur = common.bernoulli(torch.full((N,), 0.5), generator)
         sigma = torch.empty(N).uniform_(0.1, 2.0, generator=generator)
@@ -216,7 +192,14 @@ def color_views(crops: Tensor, aug_plus: bool, mean: Sequence[float], std: Seque
     else:
         jitter = common.draw_color_jitter((0.4, 0.4, 0.4, 0.4), torch.ones(N), generator)
         x = common.color_jitter(common.grayscale(x, gray), *jitter)
-    return common.normalize(x, mean, std)
+    return common.normalize(x, args.mean, args.std)
+
+
+def draw_views(run: common.Run, crops_q: Tensor, crops_k: Tensor) -> None:
+    """Writes views.png: a row for each of up to 8 images, its two views, with colours of their own draws."""
+    generator = torch.Generator().manual_seed(run.args.seed)
+    views = [color_views(crops[:8], run.args, generator) for crops in (crops_q, crops_k)]
+    run.draw("views.png", list(zip(*views, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -252,13 +235,16 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor, bn_groups: int = 1) -> tuple[Tensor, Tensor]:
         """B x 3 x H x W -> unit vectors B x S x C in float32, pooled features of the last scale B x D.
 
-        BatchNorm sees one of `bn_groups` parts of the batch at a time.
+        BatchNorm's statistics tell which images a batch holds, and a query could find its key by them. So
+        queries and keys are normalised in different company: the batch goes through the backbone in
+        `bn_groups` parts, as if each were on a GPU of its own. (Swin and ConvNeXt have no BatchNorm.)
         """
-        S = len(self.projectors)
-        parts = [pooled_stages(self.backbone, part, S) for part in images.chunk(bn_groups)]  # each S tensors
-        pooled = [torch.cat(scale) for scale in zip(*parts, strict=True)]  # S tensors B x width
-        x = [projector(features) for projector, features in zip(self.projectors, pooled, strict=True)]
-        return F.normalize(torch.stack(x, 1).float(), dim=-1), pooled[-1]
+        parts = [pooled_stages(self.backbone, part, len(self.projectors)) for part in images.chunk(bn_groups)]
+        embeddings = []
+        for scale, projector in enumerate(self.projectors):
+            features = torch.cat([part[scale] for part in parts])  # B x width
+            embeddings.append(projector(features))
+        return F.normalize(torch.stack(embeddings, 1).float(), dim=-1), features
 
 
 def gather(x: Tensor, process: Process) -> Tensor:
@@ -271,7 +257,9 @@ def gather(x: Tensor, process: Process) -> Tensor:
 
 
 class Shuffle:
-    """Shuffle-BN: hands the rows of all processes out anew, and takes what became of them back in order.
+    """Shuffle-BN: deals the rows of all processes out anew, and puts the results back in order.
+
+    Each process encodes other keys than its queries', so BatchNorm normalises a key in other company.
 
     Args:
         B: rows of each process.
@@ -303,17 +291,15 @@ WEIGHTS = (0.1, 0.4, 0.7, 1.0)  # of the four scales
 HARD_WEIGHTS = (0.01, 0.04, 0.07, 0.1)
 
 
-def draw_hard(seed: int, a: float, b: float, S: int, K: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a step's hard features are made with; drawn on the CPU, so the same in all processes.
-
-    Seeds torch's own generator of the CPU.
+def draw_hard(args: argparse.Namespace, step: int, S: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a step's hard features are made with; drawn on the CPU from seed and step, alike in all processes.
 
     Returns:
         lambda (S,) and mu (S,), from Beta(a, b); pi (K,), a permutation of the queue for all scales.
     """
-    torch.default_generator.manual_seed(seed)  # the only one that Beta draws from
-    lam, mu = torch.distributions.Beta(a, b).sample((2, S))
-    return lam, mu, torch.randperm(K)
+    torch.manual_seed(common.stream_seed(args.seed, "hard", step))  # Beta draws from torch's own generator
+    lam, mu = torch.distributions.Beta(args.a, args.b).sample((2, S))
+    return lam, mu, torch.randperm(args.moco_k)
 
 
 def extrapolate(q: Tensor, k: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
@@ -343,8 +329,8 @@ def interpolate(l_neg: Tensor, mu: Tensor, permutation: Tensor) -> Tensor:
         mu: S.
         permutation: K, pi.
     """
-    partner = l_neg.gather(-1, permutation.expand_as(l_neg))  # its gradient is faster than that of [..., pi]
-    return partner.lerp_(l_neg, mu.view(-1, 1, 1))
+    permuted = l_neg.gather(-1, permutation.expand_as(l_neg))  # has a faster gradient than l_neg[..., pi]
+    return permuted.lerp_(l_neg, mu.view(-1, 1, 1))  # mu l_neg + (1 - mu) permuted, in place: they are large
 
 
 def info_nce(l_pos: Tensor, l_neg: Tensor) -> Tensor:
@@ -355,7 +341,8 @@ def info_nce(l_pos: Tensor, l_neg: Tensor) -> Tensor:
 class MHCLLoss(nn.Module):
     """InfoNCE of each row against its own queue. Rows are the scales, and then their hard features.
 
-    The queues of the hard rows hold earlier k^. Beside the queue, R x C x K, are the logits, R x B x K.
+    The queues R x C x K (268 MB with the defaults) hold the earlier keys, k of the scales and k^ of the hard
+    rows. They are never copied: of each step there are only the logits, R x B x K.
 
     Args:
         weights: R, of the rows: (1,) is MoCo.
@@ -377,7 +364,7 @@ class MHCLLoss(nn.Module):
         return torch.einsum("bsc,bsc->sb", q, k), torch.einsum("bsc,sck->sbk", q, queue)
 
     def forward(self, q: Tensor, k: Tensor,
-                draws: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+                draws: tuple[Tensor, Tensor, Tensor] | None) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         """Sum over rows of weight times cross-entropy, mean over the batch.
 
         Args:
@@ -386,31 +373,23 @@ class MHCLLoss(nn.Module):
             draws: lambda, mu and pi of draw_hard; None: no hard features, R is S.
 
         Returns:
-            the loss; keys for the queue, B x R x C; figures for the log, without gradient.
+            the loss; keys for the queue, B x R x C; cross-entropy R, l_pos S x B and l_neg S x B x K of the
+            scales, for `log_figures`.
         """
         S = q.shape[1]
+        # Each query against its own key and the queue of its scale.
         l_pos, l_neg = self.logits(q, k, self.queue[:S])
         cross_entropy, keys = info_nce(l_pos, l_neg), k  # S x B
         if draws is not None:
             lam, mu, permutation = draws
+            # The same once more with the pair pushed apart, against blends of the queue's keys.
             hard_q, hard_k = extrapolate(q, k, lam)
             hard_pos, hard_neg = self.logits(hard_q, hard_k, self.queue[S:])
             hard_neg = interpolate(hard_neg, mu, permutation)
             cross_entropy = torch.cat([cross_entropy, info_nce(hard_pos, hard_neg)])  # R x B
             keys = torch.cat([k, hard_k.detach()], 1)
         cross_entropy = cross_entropy.mean(1)
-        loss = self.weights @ cross_entropy
-        with torch.no_grad():
-            nearest = torch.einsum("bsc,nsc->sbn", q, k).argmax(-1)  # S x B, among the batch's own keys
-            own = torch.arange(len(q), device=q.device)
-            # By scale; of all rows only cross_entropy. batch_top1 does not depend on K and the age of keys.
-            figures = {"loss": loss.detach(),
-                       "top1": 100 * (l_pos > l_neg.amax(-1)).float().mean(1),
-                       "batch_top1": 100 * (nearest == own).float().mean(1),
-                       "positive": self.moco_t * l_pos.mean(1),
-                       "negative": self.moco_t * l_neg.mean((1, 2)),
-                       "cross_entropy": cross_entropy.detach()}
-        return loss, keys, figures
+        return self.weights @ cross_entropy, keys, (cross_entropy.detach(), l_pos.detach(), l_neg.detach())
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor) -> None:
@@ -421,94 +400,27 @@ class MHCLLoss(nn.Module):
         self.queue_ptr.add_(N).remainder_(K)
 
 
-# --------------------------------------------------------------------------------------------------
-# One epoch
-# --------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def log_figures(q: Tensor, k: Tensor, features: Tensor, parts: tuple[Tensor, ...],
+                moco_t: float) -> dict[str, Tensor]:
+    """Health of a micro-batch by scale, cross-entropy by row (chance: ln(K + 1)); without gradient.
 
-
-def train_one_epoch(steps: range, batches: Iterator, encoder_q: nn.Module, encoder_k: Encoder,
-                    mhcl_loss: MHCLLoss, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                    schedule: Callable[[int], dict[str, float]], bn_groups: int, args: argparse.Namespace,
-                    process: Process, meter: common.Meter, after_step: Callable[[int, dict], bool]) -> bool:
-    """Trains the optimizer steps `steps` of one epoch; returns True as soon as the run is to stop.
-
-    Args:
-        steps: counted from the start of the run.
-        batches: yields both views of B images and messages about unreadable images.
-        encoder_q: an Encoder, in DistributedDataParallel or not.
-        encoder_k: its moving average.
-        mhcl_loss: holds the queue.
-        optimizer: two parameter groups, with and without weight decay.
-        scaler: for fp16; else it does nothing.
-        schedule: step -> lr.
-        bn_groups: parts of the batch that BatchNorm sees one by one.
-        args: the flags.
-        process: this one.
-        meter: collects what the log shows.
-        after_step: after_step(steps done, values) logs and saves when due, and says whether to stop.
+    top1: % whose own key is nearer than the queue's; batch_top1: than the batch's, which does not depend on
+    K. positive, negative: mean cosine to the own key and to the queue's.
     """
-    network = encoder_q.module if isinstance(encoder_q, DistributedDataParallel) else encoder_q
-    S = len(network.projectors)
-    autocast = common.autocast(args.amp, process.device)
-
-    for step in steps:
-        now = schedule(step)
-        for group in optimizer.param_groups:
-            group["lr"] = now["lr"]
-        generator = torch.Generator().manual_seed(common.stream_seed(args.seed, "colour", step, process.rank))
-        keys, figures, draws = [], [], None
-        if args.mhcl:
-            draws = draw_hard(common.stream_seed(args.seed, "hard", step), args.a, args.b, S, args.moco_k)
-            draws = tuple(draw.to(process.device, non_blocking=True) for draw in draws)
-
-        for micro in range(args.accum_steps):
-            crops_q, crops_k = (x.to(process.device, non_blocking=True) for x in meter.fetch(batches))
-            shuffle = Shuffle(len(crops_k), common.stream_seed(args.seed, "shuffle", step, micro), process)
-            views_q = color_views(crops_q, args.aug_plus, args.mean, args.std, generator)
-            views_k = color_views(shuffle(crops_k), args.aug_plus, args.mean, args.std, generator)
-            if step == 0 and micro == 0:
-                own_views_k = shuffle.undo(views_k)  # all processes take part
-                if process.is_main:
-                    save_views(views_q, own_views_k, args)
-                del own_views_k
-            with torch.no_grad(), autocast:
-                k = shuffle.undo(encoder_k(views_k, bn_groups)[0])  # B x S x C
-
-            # Processes exchange gradients with the last micro-batch only.
-            waits = micro < args.accum_steps - 1 and encoder_q is not network
-            with encoder_q.no_sync() if waits else nullcontext():
-                with autocast:
-                    q, features = encoder_q(views_q, bn_groups)  # B x S x C, B x D
-                loss, new_keys, parts = mhcl_loss(q, k, draws)
-                scaler.scale(loss / args.accum_steps).backward()
-            keys.append(gather(new_keys, process))
-            figures.append({**parts, "feature_std": common.feature_std(features.detach())})
-
-        # Query encoder by gradient, then the key encoder follows (in MoCo just before the next keys, which is
-        # the same), then the keys enter the queue.
-        scaler.unscale_(optimizer)
-        grad_norm = common.grad_norm(network, scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        common.update_ema(network, encoder_k, args.moco_m)
-        mhcl_loss.enqueue(torch.cat(keys))
-
-        terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
-        meter.end_step({**terms, "grad_norm": grad_norm})
-        if after_step(step + 1, now):
-            return True
-    return False
-
-
-def save_views(views_q: Tensor, views_k: Tensor, args: argparse.Namespace) -> None:
-    """Draws a row for each of up to 8 images: its view for the query, and that for the key."""
-    rows = list(zip(views_q[:8], views_k[:8], strict=True))
-    common.save_grid(Path(args.output_dir) / "views.png", rows, args.mean, args.std)
+    cross_entropy, l_pos, l_neg = parts
+    nearest = torch.einsum("bsc,nsc->sbn", q, k).argmax(-1)  # S x B
+    own = torch.arange(len(q), device=q.device)
+    return {"top1": 100 * (l_pos > l_neg.amax(-1)).float().mean(1),
+            "batch_top1": 100 * (nearest == own).float().mean(1),
+            "positive": moco_t * l_pos.mean(1),
+            "negative": moco_t * l_neg.mean((1, 2)),
+            "cross_entropy": cross_entropy,
+            "feature_std": common.feature_std(features)}
 
 
 # --------------------------------------------------------------------------------------------------
-# Main
+# Training
 # --------------------------------------------------------------------------------------------------
 
 
@@ -529,7 +441,7 @@ def stage_widths(backbone: nn.Module, arch: str, img_size: int, S: int) -> list[
 
 
 def build_encoders(args: argparse.Namespace) -> tuple[Encoder, Encoder]:
-    """Query and key encoder, alike; the same initial weights in all processes, from --seed."""
+    """Query and key encoder; the same initial weights in all processes, from --seed."""
     torch.manual_seed(args.seed)
     backbone = common.build_backbone(args.arch, args.img_size)
     multiple = common.patch_multiple(backbone)
@@ -554,135 +466,93 @@ def batchnorm_groups(encoder: nn.Module, args: argparse.Namespace, process: Proc
     return groups
 
 
-def main() -> None:
-    """Sets everything up, resumes what was begun, trains, and writes."""
-    parser = get_parser()
-    parser.error = common.fail
-    args = parser.parse_args()
-    check_args(args)
-    process = common.init_process(args.device)
-    common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
-    out = common.make_output_dir(args.output_dir, process)
+def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float:
+    """Cosine to 0, or constant and a tenth after each epoch of --schedule; after a linear warm-up."""
+    lr = args.lr * run.effective_batch / 256
+    warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
+    if args.cos:
+        return common.cosine_schedule(lr, 0.0, step, run.total_steps, warmup_steps)
+    drops = sum(step >= epoch * run.steps_per_epoch for epoch in args.schedule)
+    return common.cosine_schedule(lr, lr, step, run.total_steps, warmup_steps) * 0.1**drops
 
+
+def train(args: argparse.Namespace, process: Process) -> None:
+    """Trains the query encoder; writes checkpoints, backbone, log and pictures to --output_dir."""
     # Data
-    paths = common.list_images(args.data_path, exclude=out)
+    paths = common.list_images(args.data_path, exclude=args.output_dir)
     common.check_images(paths, args.img_size)
-    effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
-    steps_per_epoch = len(paths) // effective_batch
-    if not steps_per_epoch:
-        common.fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
-                    f"{effective_batch}, is larger than the data, {len(paths)}")
-    if args.moco_k % effective_batch:
-        nearest = max(1, args.moco_k // effective_batch) * effective_batch
-        common.fail(f"--moco_k {args.moco_k}: must be a multiple of the effective batch, {effective_batch}, "
-                    f"such as {nearest}")
-    total_steps = args.epochs * steps_per_epoch
-    end_step = min(total_steps, args.max_steps or total_steps)
+    run = common.Run(args, process, samples=len(paths), images=len(paths),
+                     free_flags=common.FREE_FLAGS | {"bn_groups"})
+    if args.moco_k < run.effective_batch:
+        common.fail(f"--moco_k {args.moco_k}: must be at least the effective batch, {run.effective_batch}")
+    if args.moco_k > len(paths) / 2 and process.is_main:
+        print(f"warning: --moco_k {args.moco_k}: more than half of the {len(paths)} images; the queue often "
+              "holds an older key of the query's own image, as a negative", file=sys.stderr)
 
-    # Networks and state: resumed, or started, and then the key encoder starts as the query encoder
-    network, encoder_k = build_encoders(args)
-    bn_groups = batchnorm_groups(network, args, process)
+    # Networks: resumed, or started, and then the key encoder starts as the query encoder
+    encoder_q, encoder_k = build_encoders(args)
+    bn_groups = batchnorm_groups(encoder_q, args, process)
     weights = (*WEIGHTS, *HARD_WEIGHTS) if args.mhcl else (1.0,)
     mhcl_loss = MHCLLoss(weights, args.moco_dim, args.moco_k, args.moco_t).to(process.device)
-    identity = {"args": common.plain(args), "images": len(paths), "effective_batch": effective_batch}
-    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS | {"bn_groups"})
-    init = common.init_backbone(network.backbone, args, saved)
-    encoder_k.load_state_dict(network.state_dict())
-    for model in (network, encoder_k):
-        model.to(process.device)
-        if process.device.type == "cuda" and not hasattr(model.backbone, "patch_embed"):
-            model.to(memory_format=torch.channels_last)
-    fused = {"fused": True} if args.optimizer == "adamw" else {}  # one kernel for all tensors
-    optimizer = timm.optim.create_optimizer_v2(
-        common.param_groups(network), lr=args.lr, weight_decay=args.weight_decay, momentum=0.9,
-        opt="momentum" if args.optimizer == "sgd" else args.optimizer,  # timm's "sgd" would be Nesterov's
-        **fused)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
-    stateful = {"encoder_q": network, "encoder_k": encoder_k, "mhcl_loss": mhcl_loss,
-                "optimizer": optimizer, "scaler": scaler}
-    start_step = saved["step"] if saved else 0
-    common.check_alike(process, images=len(paths), start_step=start_step)
-    end_step = max(start_step, end_step)  # a run that is further already has nothing to do
-    for name, part in stateful.items():
-        if saved and saved[name]:  # the scaler has no state without fp16
-            part.load_state_dict(saved[name])
-    del saved
+    init = common.init_backbone(encoder_q.backbone, args, run.saved)
+    encoder_k.load_state_dict(encoder_q.state_dict())
+    for encoder in (encoder_q, encoder_k):
+        common.to_device(encoder, process.device)
+    optimizer, scaler = common.build_optimizer(encoder_q, args), run.scaler
+    run.restore(encoder_q.backbone, encoder_q=encoder_q, encoder_k=encoder_k, mhcl_loss=mhcl_loss,
+                optimizer=optimizer)
     if args.compile:
-        for model in (network, encoder_k):
-            model.compile()
-    encoder_q = network
-    if process.world_size > 1:
-        device_ids = [process.device.index] if process.device.type == "cuda" else None
-        encoder_q = DistributedDataParallel(network, device_ids=device_ids)
+        encoder_q.compile()
+        encoder_k.compile()
+    ddp_q = common.distributed(encoder_q, process)
 
-    dataset = PairDataset(paths, args.img_size, args.seed)
-    sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
-                                 start_step, end_step)
-    loader = common.build_loader(dataset, sampler, args.num_workers, process.device)
-    lr = args.lr * effective_batch / 256
+    loader = run.loader(PairDataset(paths, args.img_size, args.seed))
+    advice = "Try a lower --lr, more --warmup_epochs, or a larger --moco_m"
+    header = {"bn_groups": bn_groups, "scaled_lr": args.lr * run.effective_batch / 256,
+              "queue_epochs": args.moco_k / len(paths), "chance_cross_entropy": math.log(args.moco_k + 1)}
+    for step in run.steps(loader, init, {"feature_std": 0.05}, advice, **header):
+        lr = learning_rate(step, run, args)
+        common.set_lr(optimizer, lr)
+        colour = common.generator(args.seed, "colour", step, process.rank)
+        draws = None
+        if args.mhcl:
+            draws = [x.to(process.device) for x in draw_hard(args, step, S=4)]  # lambda, mu, pi
+        keys, terms = [], []
 
-    def schedule(step: int) -> dict[str, float]:
-        warmup_steps = round(args.warmup_epochs * steps_per_epoch)
-        rate = common.cosine_schedule(lr, 0.0 if args.cos else lr, step, total_steps, warmup_steps)
-        drops = 0 if args.cos else sum(step >= epoch * steps_per_epoch for epoch in args.schedule)
-        return {"lr": rate * 0.1**drops}
+        for micro in range(args.accum_steps):
+            crops_q, crops_k = run.fetch()  # B x 3 x H x W each
+            if step == micro == 0:
+                draw_views(run, crops_q, crops_k)
+            # Each process encodes other keys than its queries': see Shuffle.
+            shuffle = Shuffle(len(crops_k), common.stream_seed(args.seed, "shuffle", step, micro), process)
+            views_q = color_views(crops_q, args, colour)
+            views_k = color_views(shuffle(crops_k), args, colour)
+            with torch.no_grad(), run.autocast:
+                k = shuffle.undo(encoder_k(views_k, bn_groups)[0])  # B x S x C
+            with common.accumulating(ddp_q, micro, args.accum_steps):
+                with run.autocast:
+                    q, features = ddp_q(views_q, bn_groups)  # B x S x C, B x D
+                loss, new_keys, parts = mhcl_loss(q, k, draws)
+                scaler.scale(loss / args.accum_steps).backward()
+            keys.append(gather(new_keys, process))
+            terms.append({"loss": loss.detach(), **log_figures(q, k, features, parts, args.moco_t)})
 
-    versions = common.versions()
-    header = {"argv": sys.argv, "versions": versions, "init": init,
-              "device": common.device_name(process.device),
-              "processes": process.world_size, "images": len(paths), "effective_batch": effective_batch,
-              "scaled_lr": lr, "steps_per_epoch": steps_per_epoch, "steps": total_steps,
-              "from_step": start_step, "to_step": end_step, "bn_groups": bn_groups,
-              "queue_epochs": args.moco_k / (steps_per_epoch * effective_batch),
-              "chance_cross_entropy": math.log(args.moco_k + 1)}
-    if process.is_main:
-        print(init)
-        derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
-        print("  ".join(f"{name} {value}" for name, value in derived.items()))
-        if args.moco_k > len(paths) / 2:
-            print(f"warning: --moco_k {args.moco_k}: more than half of the {len(paths)} images; the queue "
-                  "often holds an older key of the query's own image, as a negative", file=sys.stderr)
-    floors = {"feature_std": 0.05} if args.batch_size_per_gpu > 1 else {}  # one image has no spread
-    log = common.RunLog(out, process, end_step, start_step, header, floors,
-                        advice="Try a lower --lr, more --warmup_epochs, or a larger --moco_m")
-    meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
+        # Query encoder by gradient; key encoder by its moving average (MoCo does so just before the next
+        # keys, which is the same); then the keys enter the queue.
+        grad_norm = common.grad_norm(optimizer, scaler)
+        common.optimizer_step(optimizer, scaler)
+        common.update_ema(encoder_q, encoder_k, args.moco_m)
+        mhcl_loss.enqueue(torch.cat(keys))
+        run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
-    def save(step: int) -> None:
-        nonlocal saved_at
-        if process.is_main:
-            state = {name: part.state_dict() for name, part in stateful.items()}
-            state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.export_backbone(network.backbone, out / "backbone", args.img_size, args.mean, args.std)
-            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
-        saved_at = time.monotonic()
 
-    def after_step(step: int, values: dict) -> bool:
-        overdue = time.monotonic() - saved_at > 60 * args.save_minutes
-        stopping, overdue = common.agree(process, stop.seen, overdue)
-        epochs, rest = divmod(step, steps_per_epoch)
-        saving = stopping or overdue or step == end_step or (rest == 0 and epochs % args.save_every == 0)
-        if saving or step % args.log_every == 0:
-            log.write(step, {"epoch": epochs, **meter.summary(step, effective_batch), **values})
-        if saving:
-            save(step)
-            meter.restart()
-        log.advance()
-        return stopping and step < end_step
-
-    batches, stopped = iter(loader), False
-    for epoch in range(start_step // steps_per_epoch, math.ceil(end_step / steps_per_epoch)):
-        steps = range(max(start_step, epoch * steps_per_epoch), min(end_step, (epoch + 1) * steps_per_epoch))
-        stopped = train_one_epoch(steps, batches, encoder_q, encoder_k, mhcl_loss, optimizer, scaler,
-                                  schedule, bn_groups, args, process, meter, after_step)
-        if stopped:
-            break
-    del batches  # ends the workers
-    log.close()
-    if process.is_main:
-        print(f"stopped by a signal after a checkpoint; the same command goes on: {out}" if stopped else
-              f"{end_step} steps done. Judge it: python eval_knn.py --data_path LABELLED --weights {out}")
-    if process.world_size > 1:
-        dist.destroy_process_group()
+def main() -> None:
+    """Parses and checks the flags, joins the processes, trains."""
+    args = get_parser().parse_args()
+    check_args(args)
+    process = common.init_process(args.device)
+    train(args, process)
+    process.leave()
 
 
 if __name__ == "__main__":

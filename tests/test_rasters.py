@@ -189,7 +189,8 @@ def assert_filled(path, array, valid, *args, **kwargs):
 
 
 NO_DATA = [("f4", "-9999"), ("f4", "-3.4028234663852886e+38"), ("f4", "-3.4e38"), ("f4", "nan"),
-           ("i2", "-32768"), ("u1", "0"), ("u2", "65535"), ("f8", "-1.7976931348623157e+308"), ("u8", "18446744073709551615")]
+           ("i2", "-32768"), ("u1", "0"), ("u2", "65535"), ("f8", "-1.7976931348623157e+308"),
+           ("u8", "18446744073709551615")]
 
 
 @pytest.mark.parametrize("dtype, text", NO_DATA)
@@ -530,12 +531,13 @@ def test_load_samples(tmp_path, capsys):
     (tmp_path / "data").mkdir()
     for i in (1, 2):
         write(tmp_path / f"data/{i}.tif", numbers(40, 50, 5, dtype="u2", seed=i))
-    args = argparse.Namespace(**vars(make_args()), data_path=tmp_path / "data", output_dir=tmp_path, in_chans=None,
-                              bands=[5, 1], tile_size=30)
+    args = make_args()
+    vars(args).update(data_path=tmp_path / "data", output_dir=tmp_path, in_chans=None, bands=[5, 1], tile_size=30)
     samples = common.load_samples(args, common.init_process("cpu"), (0, 0, 0), (1, 1, 1))
     assert len(samples) == 2 * 4 and args.in_chans == 2 and samples.dtype == torch.float32
     assert f"--mean {common.plain_decimals(args.mean)} --std" in capsys.readouterr().out
-    assert np.array_equal(samples[3].permute(1, 2, 0), numbers(40, 50, 5, dtype="u2", seed=1)[10:, 20:, [4, 0]])
+    array = numbers(40, 50, 5, dtype="u2", seed=1)
+    assert np.array_equal(samples[3].permute(1, 2, 0), array[10:, 20:, [4, 0]])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -598,9 +600,10 @@ def bad_files(folder):
     (folder / "text.png").write_text("no image\nat all")
     (folder / "none.bmp").touch()
     return {
-        "a.npz": "save each array as .npy", "b.h5": "HDF5", "hdf5.tif": "HDF5", "c.mat": "as .npy", "d.zarr": "Zarr",
-        "complex.npy": "complex", "text.npy": "<U1 pixels", "deep.npy": "2 x 8 x 8 x 1 numbers", "empty.npy": "",
-        "object.npy": "Python objects", "complex.tif": "complex", "lab.tif": "CIELAB", "header.tif": "no image",
+        "a.npz": "save each array as .npy", "b.h5": "HDF5", "hdf5.tif": "HDF5", "c.mat": "as .npy",
+        "d.zarr": "Zarr", "complex.npy": "complex", "text.npy": "<U1 pixels", "empty.npy": "",
+        "deep.npy": "2 x 8 x 8 x 1 numbers", "object.npy": "Python objects", "complex.tif": "complex",
+        "lab.tif": "CIELAB", "header.tif": "no image",
         "raw.tif": "truncated", "zlib.tif": "truncated", "jpeg.tif": "truncated", "half.jp2": "",
         "huge.tif": "65535 x 65535 pixels of 3 bands are too many", "text.png": "cannot identify image file",
         "none.bmp": "cannot identify", "gone.tif": "No such file"}
@@ -618,8 +621,8 @@ def test_bad_files_get_one_true_line(tmp_path, capfd):
 
 def test_damaged_bytes_never_raise_anything_else(tmp_path):
     rng, array = np.random.default_rng(0), numbers(40, 40, 3)
-    for name, options in (("a", {"compression": "lzw"}), ("b", {"tile": (16, 16)}), ("c", {"compression": "jpeg"})):
-        tifffile.imwrite(tmp_path / f"{name}.tif", array, photometric=RGB, **options)
+    for kind in (None, "lzw", "jpeg"):
+        tifffile.imwrite(tmp_path / f"{kind}.tif", array, photometric=RGB, compression=kind, tile=(16, 16))
     (tmp_path / "d.jp2").write_bytes(imagecodecs.jpeg2k_encode(array))
     np.save(tmp_path / "e.npy", array)
     read = 0
