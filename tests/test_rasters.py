@@ -532,7 +532,8 @@ def test_load_samples(tmp_path, capsys):
     for i in (1, 2):
         write(tmp_path / f"data/{i}.tif", numbers(40, 50, 5, dtype="u2", seed=i))
     args = make_args()
-    vars(args).update(data_path=tmp_path / "data", output_dir=tmp_path, in_chans=None, bands=[5, 1], tile_size=30)
+    vars(args).update(data_path=tmp_path / "data", output_dir=tmp_path, bands=[5, 1], tile_size=30)
+    args.in_chans = None
     samples = common.load_samples(args, common.init_process("cpu"), (0, 0, 0), (1, 1, 1))
     assert len(samples) == 2 * 4 and args.in_chans == 2 and samples.dtype == torch.float32
     assert f"--mean {common.plain_decimals(args.mean)} --std" in capsys.readouterr().out
