@@ -66,7 +66,8 @@ TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 JP2_HEADS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # with boxes around the codestream, and without
 TIFF_JPEGS = (6, 7, 34892, 33007)  # compressions that tifffile decodes to RGB
 MOST_NUMBERS = 2**30  # pixels times bands to read at once: 4 GB in float32
-RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data
+RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data,
+EXPORT_FILES = {"config.json", "model.safetensors"}  # nor is one with both of these
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
                 if hasattr(signal, name)]  # Windows lacks two
 # Flags of the training scripts that may change between a run and its continuation: those that do not make
@@ -312,15 +313,16 @@ def list_images(root: str | Path, exclude: str | Path | None = None, suffixes: s
 
 def run_files(names: Sequence[str]) -> str:
     """Those of a folder's files that only the output of a run has, in words; empty for data."""
-    exported = {"config.json", "model.safetensors"}
-    return " and ".join(sorted(exported if exported.issubset(names) else RUN_FILES.intersection(names)))
+    own = EXPORT_FILES if EXPORT_FILES.issubset(names) else RUN_FILES.intersection(names)
+    return " and ".join(sorted(own))
 
 
 def is_data(folder: Path, exclude: Path | None = None) -> bool:
     """True for a folder that list_images would look into."""
     hidden = folder.name[0] == "." or folder.name == "@eaDir"
     other = not exclude or os.path.realpath(folder) != os.path.realpath(exclude)
-    return folder.is_dir() and not hidden and other and not run_files(os.listdir(folder))
+    own = run_files([name for name in RUN_FILES | EXPORT_FILES if os.path.exists(folder / name)])
+    return folder.is_dir() and not hidden and other and not own
 
 
 def band(word: str) -> int | str:
@@ -500,9 +502,7 @@ def _open_pillow(file: BinaryIO) -> _Raster:
         image = Image.open(file, formats=["JPEG", "PNG", "BMP", "WEBP", "GIF"])
     except Image.UnidentifiedImageError as error:
         raise ValueError("cannot identify image file") from error
-    deep = image.mode[0] == "I" or ";16" in str(image.tile)
-    if deep and image.format != "PNG":
-        raise ValueError(f"{image.format} of mode {image.mode}: write a TIFF")
+    deep = image.format == "PNG" and (image.mode[0] == "I" or ";16" in str(image.tile))
     mode = image.mode if image.mode in ("L", "LA", "RGB", "RGBA") else "L" if image.mode == "1" else "RGB"
     if image.mode == "P" and "transparency" in image.info or image.mode == "PA":
         mode = "RGBA"
@@ -782,10 +782,9 @@ class Samples(torch.utils.data.Dataset):
         In the place of a window without a valid pixel another of the same image is taken.
         """
         image, number, count = self.place(index)
-        step = next(n for n in range(round(0.382 * count) or 1, count + 1) if math.gcd(n, count) == 1)
-        for attempt in range(min(count, 100)):  # far from each other, and each once
+        for other in _others(number, count):
             try:
-                window = self.window(image, (number + attempt * step) % count)
+                window = self.window(image, other)
                 return read_masked(self.paths[image], self.in_chans, self.bands, window)
             except EmptyImageError as error:
                 empty = error
@@ -798,6 +797,12 @@ class Samples(torch.utils.data.Dataset):
             path = self.paths[self.place(index)[0]]
             raise UnreadableImageError(f"{path}: {image.dtype} among {self.dtype}")
         return image
+
+
+def _others(index: int, count: int) -> Iterator[int]:
+    # `index` and up to 99 more of `count`, each once, far from the one before: neighbours fail together.
+    step = next(n for n in range(round(0.382 * count) or 1, count + 1) if math.gcd(n, count) == 1)
+    return ((index + attempt * step) % count for attempt in range(min(100, count)))
 
 
 @dataclass
@@ -817,8 +822,8 @@ class PixelStats:
 def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
     """Measures the valid pixels of up to `count` evenly spaced samples; fails where none is readable.
 
-    Of a large sample a grid of about 65,536 pixels counts. Samples of another type than most do not. The
-    figures are rounded to six digits, as `plain_decimals` prints them.
+    Of a large sample about 65,536 pixels count. Samples of another type than most do not. The figures are
+    rounded to six digits of the deviation.
     """
     dtypes, counts, means, squares, sides, reason = [], [], [], [], [], ""
     for index in range(0, len(samples), math.ceil(len(samples) / count)):
@@ -827,12 +832,8 @@ def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
         except UnreadableImageError as error:  # a few are counted and reported when training meets them
             reason = reason or str(error)
             continue
-        k = math.ceil(math.sqrt(pixels[:, :, 0].size / 2**16))
-        grid, valid = pixels[::k, ::k], valid if valid is None else valid[::k, ::k]
-        if valid is not None and not valid.any():  # there are some, but not on the grid
-            continue
-        values = grid.reshape(-1, grid.shape[2]) if valid is None else grid[valid]
-        values = values / (255.0 if pixels.dtype == np.uint8 else 1.0)
+        values = pixels.reshape(-1, pixels.shape[2]) if valid is None else pixels[valid]
+        values = values[:: math.ceil(len(values) / 2**16)] / (255.0 if pixels.dtype == np.uint8 else 1.0)
         dtypes.append(pixels.dtype)
         sides.append(min(pixels.shape[:2]))
         counts.append(len(values))
@@ -845,14 +846,14 @@ def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
                for part in (counts, means, squares))
     mean = n @ m / n.sum()
     std = np.sqrt((s.sum(0) + n @ (m - mean) ** 2) / n.sum())
-    mean, std = ([float(word) for word in plain_decimals(row).split()] for row in (mean, std))
-    kind = torch.uint8 if dtype == np.uint8 else torch.float32
-    return PixelStats(kind, mean, [value or 1.0 for value in std], sides)  # 1 for a constant band
+    std = [float(f"{value:.6g}") or 1.0 for value in std]  # 1 for a constant band
+    mean = [round(m, 5 - math.floor(math.log10(s))) for m, s in zip(mean.tolist(), std, strict=True)]
+    return PixelStats(torch.uint8 if dtype == np.uint8 else torch.float32, mean, std, sides)
 
 
 def plain_decimals(values: Sequence[float]) -> str:
-    """Numbers of six digits without an exponent, which argparse would take for a flag: -2600000, 0.00012."""
-    return " ".join(np.format_float_positional(v, 6, fractional=False, trim="-") for v in values)
+    """Numbers without an exponent, with which argparse would take a negative one for a flag: -2600000."""
+    return " ".join(np.format_float_positional(value, trim="-") for value in values)
 
 
 def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float],
@@ -922,7 +923,7 @@ def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tens
 
 
 class SkipUnreadable(torch.utils.data.Dataset):
-    """A data set that takes the next sample in place of an unreadable one, and says so; up to 100 times.
+    """A data set that takes another sample in place of an unreadable one, and says so; up to 100 times.
 
     `dataset[epoch, index]` may raise UnreadableImageError. Returns (sample, list of messages).
     """
@@ -936,9 +937,9 @@ class SkipUnreadable(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[object, list[str]]:
         epoch, index = key
         messages = []
-        for attempt in range(min(100, len(self.dataset))):
+        for other in _others(index, len(self.dataset)):
             try:
-                return self.dataset[epoch, (index + attempt) % len(self.dataset)], messages
+                return self.dataset[epoch, other], messages
             except UnreadableImageError as error:
                 messages.append(str(error))
         raise UnreadableImageError(f"{len(messages)} unreadable images in a row, the last: {messages[-1]}")

@@ -129,7 +129,7 @@ def test_read_image_refuses_damaged_files_and_other_bands(tmp_path):
     assert (common.read_image(tmp_path / "deep_rgb.png") == 3000).all()  # all 16 bits
 
 
-def test_skip_unreadable_takes_the_next_sample_and_says_so():
+def test_skip_unreadable_takes_another_sample_and_says_so():
     class Dataset(torch.utils.data.Dataset):
         def __len__(self):
             return 4
@@ -141,7 +141,7 @@ def test_skip_unreadable_takes_the_next_sample_and_says_so():
 
     dataset = common.SkipUnreadable(Dataset())
     assert dataset[5, 0] == ((5, 0), [])
-    assert dataset[5, 1] == ((5, 3), ["file 1", "file 2"])
+    assert dataset[5, 2] == ((5, 0), ["file 2", "file 1"])
 
 
 def test_check_images(tmp_path, capsys):

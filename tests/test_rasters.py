@@ -478,7 +478,12 @@ def test_mean_and_std_are_measured_on_valid_pixels_and_can_be_pasted_back(tmp_pa
     assert samples.dtype == torch.float32 and "e+" not in line
     again = make_args(*line.split(": ")[1].split())
     assert (again.mean, again.std) == (args.mean, args.std)
-    assert common.plain_decimals([-2.6e6, 1.5e-9, -15.70001, 0]) == "-2600000 0.0000000015 -15.7 0"
+    assert common.plain_decimals([-2.6e20, 1.5e-9, -15.75, 0]) == f"-26{19 * '0'} 0.0000000015 -15.75 0"
+    for i, array in enumerate(numbers(6, 30, 20, dtype="i4")):  # a mean far above the deviation
+        tifffile.imwrite(tmp_path / f"{i}.tif", 1e7 + array.astype(np.float64) / 2**26)
+    found = common.measure_pixels(Samples([str(tmp_path / f"{i}.tif") for i in range(6)], 1))
+    values = (1e7 + numbers(6, 30, 20, dtype="i4") / 2**26).astype(np.float32).astype(np.float64)
+    assert abs(found.mean[0] - values.mean()) < 1e-4 * values.std()
 
 
 @pytest.mark.parametrize("mean, std, fits", [(-2.6e6, 4e4, True), (-2.7e6, 9e4, True), (0.4, 0.1, False),
