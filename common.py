@@ -593,12 +593,11 @@ def _where_declared(numbers: np.ndarray, text: str | None) -> np.ndarray | None:
     if text is None:
         return None
     try:
-        text = str(text).strip(" \0").replace(",", ".")
+        text = str(text).replace(",", ".")  # of a writer with that decimal sign
         if numbers.dtype.kind == "f":
             with np.errstate(over="ignore"):
                 return numbers != numbers.dtype.type(text)
-        value, limits = int(text) if text.lstrip("+-").isdigit() else float(text), np.iinfo(numbers.dtype)
-        return numbers != value if limits.min <= value <= limits.max else None  # no uint16 is -9999
+        return numbers != (int(text) if text.lstrip("+-").isdigit() else float(text))
     except ValueError:  # no number
         return None
 

@@ -18,6 +18,7 @@ from common import EmptyImageError, Samples, UnreadableImageError, read_image
 
 DATA = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / "shared" / "data")) / "rasters"
 real = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data in {DATA}")
+pytestmark = pytest.mark.filterwarnings("error")
 GREY, RGB, PALETTE, MASK = "minisblack", "rgb", "palette", "mask"
 
 
@@ -113,6 +114,7 @@ def test_one_band_and_pages_are_bands_overviews_are_not(tmp_path):
         tiff.write(array, photometric=GREY, planarconfig="contig")
         tiff.write(array[::2, ::2], photometric=GREY, planarconfig="contig", subfiletype=1)
         tiff.write(array[::4, ::4], photometric=GREY, planarconfig="contig")  # as Pillow writes them
+        tiff.write(array, photometric=GREY, planarconfig="contig", subfiletype=1)  # as good as the first
     assert_reads(tmp_path / "overviews.tif", array, 6)
     with tifffile.TiffWriter(tmp_path / "two.tif") as tiff:  # six bands and three more
         tiff.write(array, photometric=GREY, planarconfig="contig")
@@ -139,6 +141,8 @@ def test_palette_white_is_zero_bits_and_inks(tmp_path):
     index, palette = numbers(20, 24), numbers(3, 256, dtype="u2")
     tifffile.imwrite(tmp_path / "a.tif", index, photometric=PALETTE, colormap=palette)
     assert_reads(tmp_path / "a.tif", np.moveaxis((palette >> 8).astype(np.uint8)[:, index], 0, 2))
+    tifffile.imwrite(tmp_path / "8.tif", index, photometric=PALETTE, colormap=palette >> 8)  # old
+    assert_reads(tmp_path / "8.tif", np.moveaxis((palette >> 8).astype(np.uint8)[:, index], 0, 2))
     for dtype, expected in (("u1", 255 - index), ("u2", index.astype("u2"))):  # 16 bits keep their own values
         tifffile.imwrite(tmp_path / "b.tif", index.astype(dtype), photometric="miniswhite")
         assert_reads(tmp_path / "b.tif", expected[:, :, None], 1)
@@ -189,8 +193,8 @@ def assert_filled(path, array, valid, *args, **kwargs):
 
 
 NO_DATA = [("f4", "-9999"), ("f4", "-3.4028234663852886e+38"), ("f4", "-3.4e38"), ("f4", "nan"),
-           ("i2", "-32768"), ("u1", "0"), ("u2", "65535"), ("f8", "-1.7976931348623157e+308"),
-           ("u8", "18446744073709551615")]
+           ("f4", "-99,5"), ("i2", "-32768.0"), ("i2", "-32768"), ("u1", "0"), ("u2", "65535"),
+           ("f8", "-1.7976931348623157e+308"), ("u8", "18446744073709551615")]
 
 
 @pytest.mark.parametrize("dtype, text", NO_DATA)
@@ -198,7 +202,7 @@ NO_DATA = [("f4", "-9999"), ("f4", "-3.4028234663852886e+38"), ("f4", "-3.4e38")
 def test_declared_no_data_is_filled(tmp_path, dtype, text, options):
     array = numbers(20, 24, 3, dtype=dtype)
     array[array == np.dtype(dtype).type(0)] = 1
-    hole = float(text) if np.dtype(dtype).kind == "f" else int(text)
+    hole = float(text.replace(",", ".")) if "." in text or np.dtype(dtype).kind == "f" else int(text)
     array[3:7, 4:9, 1] = hole
     array[12, :, 0] = hole
     valid = np.ones((20, 24), bool)
@@ -596,6 +600,9 @@ def bad_files(folder):
         tifffile.imwrite(folder / f"{name}.tif", pixels, photometric=RGB, tile=(16, 16), **options)
         data = (folder / f"{name}.tif").read_bytes()
         (folder / f"{name}.tif").write_bytes(data[: len(data) - 40])
+    write(folder / "deep.tif", array, compression="jpeg2000", photometric=RGB)
+    with tifffile.TiffFile(folder / "deep.tif", mode="r+b") as tiff:  # says 8 bits, holds 16
+        tiff.pages[0].tags[258].overwrite((8, 8, 8))
     write(folder / "huge.tif", array)
     data = bytearray((folder / "huge.tif").read_bytes())
     for tag in (b"\0\1\4\0\1\0\0\0", b"\1\1\4\0\1\0\0\0"):  # width and length: one number of 32 bits
@@ -609,7 +616,8 @@ def bad_files(folder):
         "a.npz": "save each array as .npy", "b.h5": "HDF5", "hdf5.tif": "HDF5", "c.mat": "as .npy",
         "d.zarr": "Zarr", "complex.npy": "complex", "text.npy": "<U1 pixels", "empty.npy": "",
         "deep.npy": "2 x 8 x 8 x 1 numbers", "object.npy": "Python objects", "complex.tif": "complex",
-        "lab.tif": "CIELAB", "header.tif": "no image",
+        "lab.tif": "CIELAB", "deep.tif": "uint16 numbers in a strip or tile of uint8",
+        "header.tif": "no image",
         "raw.tif": "truncated", "zlib.tif": "truncated", "jpeg.tif": "truncated", "half.jp2": "",
         "huge.tif": "65535 x 65535 pixels of 3 bands are too many", "text.png": "cannot identify image file",
         "none.bmp": "cannot identify", "gone.tif": "No such file"}
