@@ -15,6 +15,7 @@ import difflib
 import errno
 import gc
 import hashlib
+import io
 import itertools
 import json
 import logging
@@ -29,6 +30,8 @@ import struct
 import subprocess
 import sys
 import time
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +119,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """Flag type: an int or float that is `allowed`; `words` end the error's "must be"."""
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -132,22 +136,22 @@ def _number(kind: type, allowed: Callable[[float], bool], words: str) -> Callabl
 
 def positive(kind: type) -> Callable[[str], float]:
     """Flag type: a finite int or float above 0."""
-    return _number(kind, lambda value: 0 < value < math.inf, "above 0")
+    return number(kind, lambda value: 0 < value < math.inf, "above 0")
 
 
 def not_negative(kind: type) -> Callable[[str], float]:
     """Flag type: a finite int or float of at least 0."""
-    return _number(kind, lambda value: 0 <= value < math.inf, "at least 0")
+    return number(kind, lambda value: 0 <= value < math.inf, "at least 0")
 
 
 def unit(kind: type) -> Callable[[str], float]:
     """Flag type: a number in [0, 1]."""
-    return _number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
+    return number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
 
 
 def finite(kind: type) -> Callable[[str], float]:
     """Flag type: a number that is neither infinite nor NaN."""
-    return _number(kind, math.isfinite, "a finite number")
+    return number(kind, math.isfinite, "a finite number")
 
 
 def default_warmup(given: float | None, usual: int, epochs: int) -> float:
@@ -1150,6 +1154,320 @@ def _per_band(values: Sequence[float], images: Tensor) -> Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
+# Anybody's PyTorch files, read without running anything of them
+# --------------------------------------------------------------------------------------------------
+
+
+class RefusedFileError(ValueError):
+    """A file that is not damaged, and still not read; the message says why, and what to do."""
+
+
+class Placeholder:
+    """Stands for what load_checkpoint leaves in the file: all but tensors, containers, numbers and text.
+
+    It holds its name alone. It may be called, indexed, set, iterated and hashed, and nothing comes of it.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        object.__setattr__(self, "name", name)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, left in the file>"
+
+    def __call__(self, *args: object, **kwargs: object) -> "Placeholder":
+        """Calls nothing."""
+        return self
+
+    def __getitem__(self, key: object) -> "Placeholder":
+        return self
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def __setattr__(self, name: str, value: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """The memory of one tensor or several in a file: its bytes, 1-D uint8, and what they mean."""
+
+    data: Tensor
+    dtype: torch.dtype
+
+
+STORAGE_DTYPES = {
+    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
+    "Untyped": torch.uint8}
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+HASHABLE = (str, int, float, bool, bytes, type(None))
+
+
+class DataUnpickler(pickle._Unpickler):
+    """Python's own unpickler in Python, without its power: it looks up no name and calls nothing of a file.
+
+    Every global is a Placeholder with its name. Where the file asks to call one, the few names in MADE are
+    made here, of checked arguments; any other call gives a Placeholder. Only plain lists, dicts, sets and
+    Namespaces are ever filled. So there is no object in reach whose methods do anything.
+
+    Args:
+        file: where the pickle begins.
+        storage: (dtype, key, numel, and of old files the part that is meant) -> Storage.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: BinaryIO, storage: Callable):
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.storage = storage
+
+    def find_class(self, module: str, name: str) -> Placeholder:
+        """Of GLOBAL, STACK_GLOBAL, INST: no import, no look-up."""
+        return Placeholder(f"{module}.{name}")
+
+    def get_extension(self, code: int) -> None:
+        """Of EXT1, EXT2, EXT4: names that this process has numbers for."""
+        self.append(Placeholder(f"extension {code}"))
+
+    def persistent_load(self, saved_id: object) -> object:
+        """The storage of a tensor; of the oldest files, the class of a module too."""
+        if type(saved_id) is not tuple or saved_id[0] != "storage":
+            return Placeholder("module")
+        _, cls, key, _, numel, *rest = saved_id
+        kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", cls.name)
+        if type(key) is not str or type(numel) is not int:
+            raise ValueError("a storage without a name or a size")
+        return self.storage(STORAGE_DTYPES[kind[1]], key, numel, *rest)
+
+    def _instantiate(self, cls: object, args: list) -> None:  # of INST and OBJ
+        self.append(make(cls, tuple(args)))
+
+    def _call(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.append(make(function, args))
+
+    def _call_with_names(self) -> None:
+        self.stack.pop()
+        self._call()
+
+    def _build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if type(state) is not dict:
+            return
+        if type(made) is argparse.Namespace:
+            vars(made).update((name, value) for name, value in state.items() if type(name) is str)
+        elif type(made) is OrderedDict and type(state.get("_metadata")) in (dict, OrderedDict):
+            made._metadata = state["_metadata"]  # versions of modules, in a state dict
+
+    def _collect(self, collect: Callable) -> None:
+        items = self.pop_mark()  # which brings the stack back that self.append then adds to
+        self.append(collect(items))
+
+    def _fill(self, add: Callable) -> None:
+        items = self.pop_mark()
+        add(self.stack[-1], items)
+
+    def _fill_one(self, add: Callable, count: int) -> None:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        add(self.stack[-1], items)
+
+    for _code, _load in {
+            pickle.REDUCE: _call, pickle.NEWOBJ: _call, pickle.NEWOBJ_EX: _call_with_names,
+            pickle.BUILD: _build,
+            pickle.DICT: lambda self: self._collect(lambda items: set_items({}, items)),
+            pickle.FROZENSET: lambda self: self._collect(lambda items: frozenset(map(hashable, items))),
+            pickle.SETITEM: lambda self: self._fill_one(set_items, 2),
+            pickle.SETITEMS: lambda self: self._fill(set_items),
+            pickle.APPEND: lambda self: self._fill_one(extend, 1),
+            pickle.APPENDS: lambda self: self._fill(extend),
+            pickle.ADDITEMS: lambda self: self._fill(extend)}.items():
+        dispatch[_code[0]] = _load
+
+
+def hashable(value: object) -> object:
+    """The value itself as a key of a dict or set, where it is plain, or a flat tuple of what is plain.
+
+    Else a Placeholder: hashing a file's tuples within tuples within tuples would overflow the C stack.
+    """
+    parts = value if type(value) is tuple else (value,)
+    return value if all(type(part) in HASHABLE for part in parts) else Placeholder("key")
+
+
+def set_items(container: object, items: list) -> object:
+    """Puts key, value, key, value, ... into a plain dict; nothing else is filled."""
+    if type(container) in (dict, OrderedDict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            container[hashable(key)] = value
+    return container
+
+
+def extend(container: object, items: list) -> None:
+    """Adds items to a plain list or set; nothing else is filled."""
+    if type(container) is list:
+        container.extend(items)
+    elif type(container) is set:
+        container.update(map(hashable, items))
+
+
+def make(function: object, args: tuple) -> object:
+    """What a call in a file stands for: one of MADE, or a Placeholder."""
+    name = function.name if type(function) is Placeholder else "object"
+    return MADE[name](*args) if name in MADE else Placeholder(name)
+
+
+def _make_ordered(pairs: list | tuple = ()) -> OrderedDict | Placeholder:  # Python 2 gave the items here
+    if type(pairs) not in (list, tuple) or any(type(pair) not in (list, tuple) for pair in pairs):
+        return Placeholder("OrderedDict")
+    return set_items(OrderedDict(), [part for pair in pairs for part in pair])
+
+
+def _make_set(items: list | tuple = ()) -> set | Placeholder:
+    return set(map(hashable, items)) if type(items) in (list, tuple) else Placeholder("set")
+
+
+def _make_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> object:
+    if type(storage) is not Storage:
+        raise ValueError("a tensor without a storage")
+    if len(rest) > 2 and rest[2]:  # a flag that negates or conjugates it
+        return Placeholder("tensor with flags")
+    if math.prod(size) > 2**48:  # by strides of 0, from a few bytes
+        raise ValueError(f"a tensor of {size}")
+    data = storage.data.view(storage.dtype)
+    return data.as_strided(size, stride, data.storage_offset() + offset)  # refuses what is out of bounds
+
+
+def _make_tensor_of(storage: Storage, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object,
+                    dtype: Placeholder, *rest: object) -> object:
+    return _make_tensor(Storage(storage.data, DTYPES[dtype.name]), offset, size, stride, grad, hooks, *rest)
+
+
+MADE = {
+    "collections.OrderedDict": _make_ordered, "collections.defaultdict": lambda *args: {},
+    "builtins.set": _make_set, "__builtin__.set": _make_set,
+    "argparse.Namespace": lambda *args: argparse.Namespace(),
+    "torch._utils._rebuild_tensor": _make_tensor, "torch._utils._rebuild_tensor_v2": _make_tensor,
+    "torch._utils._rebuild_tensor_v3": _make_tensor_of,
+    "torch._utils._rebuild_parameter": lambda data, *rest: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
+    "torch._tensor._rebuild_from_type_v2": lambda function, cls, args, state: make(function, args)}
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a dict that torch.save wrote: tensors on the CPU, containers, numbers, text; else Placeholders.
+
+    Nothing of the file runs. Files of torch 1.6 and later are zip archives, whose checksums are compared;
+    older ones have none.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else; the reason, in one line.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(262)
+            file.seek(0)
+            if start[257:] == b"ustar":
+                raise RefusedFileError("a file of PyTorch before 0.2: load it there, and save it again")
+            content = _load_zip(file) if start.startswith(b"PK") else _load_legacy(file)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    except RefusedFileError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError("holds no dict, so no state dict of tensors")
+    return content
+
+
+def _load_zip(file: BinaryIO) -> object:
+    storages = {}
+    with zipfile.ZipFile(file) as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        if f"{folder}/constants.pkl" in archive.namelist():
+            raise RefusedFileError("a TorchScript program: save the state_dict() of its network instead")
+        if f"{folder}/byteorder" in archive.namelist():
+            _check_byteorder(bytes(_read_entry(archive, f"{folder}/byteorder").numpy()).decode())
+
+        def storage(dtype: torch.dtype, key: str, numel: int, *_: object) -> Storage:
+            if key not in storages:
+                storages[key] = _read_entry(archive, f"{folder}/data/{key}", numel * dtype.itemsize)
+            return Storage(storages[key], dtype)
+
+        pickled = _read_entry(archive, f"{folder}/data.pkl")
+        return DataUnpickler(io.BytesIO(pickled.numpy()), storage).load()
+
+
+def _check_byteorder(byteorder: str) -> None:
+    if byteorder != sys.byteorder:
+        raise RefusedFileError(f"its numbers are {byteorder}-endian, this machine's are not")
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, nbytes: int | None = None) -> Tensor:
+    entry = archive.getinfo(name)
+    if nbytes not in (None, entry.file_size):
+        raise ValueError(f"{name} has {entry.file_size} bytes, not {nbytes}")
+    if not entry.CRC:  # torch.serialization.set_crc32_options(False)
+        entry.CRC = None
+    with archive.open(entry) as file:
+        data = _read_bytes(file, entry.file_size)
+        if file.read(1):  # at the end the checksum is compared
+            raise ValueError(f"{name} is longer than {entry.file_size} bytes")
+    return data
+
+
+def _read_bytes(file: BinaryIO, nbytes: int) -> Tensor:
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    while len(view):
+        count = file.readinto(view[: 2**20])
+        if not count:
+            raise ValueError("cut short")
+        view = view[count:]
+    return data
+
+
+def _load_legacy(file: BinaryIO) -> object:
+    # Five pickles: a number, the version, the system, the object, the storages' keys; then their bytes.
+    storages, size = {}, os.fstat(file.fileno()).st_size
+
+    def storage(dtype: torch.dtype, key: str, numel: int, part: tuple | None = None) -> Storage:
+        if not 0 <= numel * dtype.itemsize <= size:
+            raise ValueError(f"cut short: a storage of {numel} numbers")
+        if key not in storages:
+            storages[key] = Storage(torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype)
+        whole = storages[key]
+        if part is None:
+            return whole
+        _, first, count = part
+        return Storage(whole.data.narrow(0, first * dtype.itemsize, count * dtype.itemsize), dtype)
+
+    number, version, system, result, keys = (DataUnpickler(file, storage).load() for _ in range(5))
+    if number != torch.serialization.MAGIC_NUMBER or version != torch.serialization.PROTOCOL_VERSION:
+        raise ValueError("another format")
+    _check_byteorder("little" if system["little_endian"] else "big")
+    if sorted(keys) != sorted(storages):
+        raise ValueError("not the storages of its tensors")
+    for key in keys:
+        data, dtype = storages[key].data, storages[key].dtype
+        if int.from_bytes(file.read(8), sys.byteorder) * dtype.itemsize != len(data):
+            raise ValueError(f"storage {key} has another size")
+        data.copy_(_read_bytes(file, len(data)))
+    return result
+
+
+# --------------------------------------------------------------------------------------------------
 # Backbones: timm models without classifier, and their weights
 # --------------------------------------------------------------------------------------------------
 
@@ -1160,28 +1478,84 @@ def _close_names(name: str) -> str:
 
 
 def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int | None = None,
-                   drop_path: float = 0, in_chans: int = 3) -> nn.Module:
+                   drop_path: float = 0, in_chans: int = 3, global_pool: str | None = None) -> nn.Module:
     """A timm model from N x in_chans x H x W to pooled features N x D, for any H and W where it can.
 
-    Its `model_args` attribute holds what timm.create_model needs beside the name to build it again.
+    A Swin keeps the windows of its own size, 224 px or what its name says, at smaller sizes too.
+
+    Args:
+        arch: of timm.
+        img_size: side, or height and width, of the images.
+        patch_size: of a ViT; None: the arch's own.
+        drop_path: rate of stochastic depth.
+        in_chans: channels of the images.
+        global_pool: of a ViT: "avg" for fc_norm(mean of the patch tokens); None: the arch's own.
+
+    Returns:
+        the model; its `model_args` attribute holds what timm.create_model needs beside the name to build it
+        again.
     """
     if not timm.is_model(arch):
         fail(f"--arch {arch}: timm has no such model{_close_names(arch)}")
     own = {"patch_size": patch_size} if patch_size else {}
     own |= {"in_chans": in_chans} if in_chans != 3 else {}
+    own |= {"global_pool": global_pool} if global_pool else {}
+    swin = arch.startswith("swin_")
     # Swin takes strict_img_size, ViT dynamic_img_size, convolutional nets neither.
-    sized = {"img_size": img_size, **own}
+    strict = {"strict_img_size": False, "img_size": swin_size(arch, img_size) if swin else img_size, **own}
     # 0 is given too, because Swin's own default is .1; a net that takes no rate has none.
     rates = [{"drop_path_rate": drop_path}] + [{}] * (drop_path == 0)
-    variants = ({"strict_img_size": False, **sized}, {"dynamic_img_size": True, **sized}, own)
+    variants = (strict, {"dynamic_img_size": True, "img_size": img_size, **own}, own)
     for model_args, rate in itertools.product(variants, rates):
         try:
             backbone = timm.create_model(arch, num_classes=0, **rate, **model_args)
-            backbone.model_args = model_args
+            backbone.model_args, backbone.built_for = model_args, img_size
+            if swin:
+                backbone.register_load_state_dict_pre_hook(take_small_windows)
             return backbone
         except TypeError as error:  # an argument this model does not have
             reason = error
     fail(f"--arch {arch}: cannot be built with --patch_size {patch_size} --drop_path {drop_path}: {reason}")
+
+
+def swin_size(arch: str, img_size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """The size to build a Swin for: its own, at least, since timm shrinks windows larger than a stage's map.
+
+    So its features are torchvision's at multiples of 224 px (windows of 7), and near them elsewhere:
+    torchvision pads maps before it shifts windows, timm after that, and where timm shifts a map of one window
+    torchvision does not.
+    """
+    cfg = timm.get_pretrained_cfg(arch)
+    sides = zip(timm.layers.to_2tuple(img_size), cfg.input_size[1:], strict=True)
+    height, width = (max(pair) for pair in sides)
+    return height if height == width else (height, width)
+
+
+def take_small_windows(swin: nn.Module, state: dict, prefix: str = "", *_: object) -> None:
+    """Shrinks the windows of a Swin to those of `state`, where timm would for the size it is used at.
+
+    Runs of earlier versions were built so. Parameters stay the same objects: an optimizer may hold them.
+    """
+    suffix = "relative_position_bias_table"
+
+    def fits(swin: nn.Module) -> bool:
+        return all(state[prefix + name].shape == p.shape for name, p in swin.named_parameters()
+                   if name.endswith(suffix) and prefix + name in state)
+
+    if fits(swin):
+        return
+    size, window = timm.layers.to_2tuple(swin.built_for), swin.layers[0].blocks[0].attn.window_size
+    small = copy.deepcopy(swin)
+    small.set_input_size(size, window_size=window)
+    if fits(small):
+        parameters = dict(swin.named_parameters())
+        swin.set_input_size(size, window_size=window)
+        for name, table in list(swin.named_parameters()):
+            if name.endswith(suffix):
+                parameters[name].data = table.data
+                attention = swin.get_submodule(name.removesuffix(f".{suffix}"))
+                attention.relative_position_bias_table = parameters[name]
+        swin.model_args["img_size"] = swin.built_for
 
 
 def patch_multiple(backbone: nn.Module) -> int:
@@ -1205,7 +1579,7 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
 
     Returns:
         state dict of the backbone in timm's names, without prefixes; what is known of its arch, patch_size,
-        img_size (a side, or height and width), and mean and std of its channels.
+        img_size (a side, or height and width), mean and std of its channels, and global_pool.
     """
     path = Path(source)
     if path.is_dir():
@@ -1236,37 +1610,46 @@ def _read_exported(folder: Path, flag: str) -> tuple[dict, dict]:
     args, cfg = config.get("model_args", {}), config["pretrained_cfg"]
     height, width = cfg["input_size"][1:]
     return state, {"arch": config["architecture"], "patch_size": args.get("patch_size"), "mean": cfg["mean"],
-                   "std": cfg["std"], "img_size": height if height == width else (height, width)}
+                   "std": cfg["std"], "img_size": height if height == width else (height, width),
+                   **_pooling(state)}
+
+
+def _pooling(state: dict) -> dict:
+    # ViTs fine-tuned by MAE's code: a norm behind the mean of the patch tokens in place of the last norm.
+    return {"global_pool": "avg"} if "fc_norm.weight" in state and "norm.weight" not in state else {}
 
 
 def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tuple[dict, dict]:
     try:
         loader = safetensors.torch.load_file if path.suffix == ".safetensors" else load_checkpoint
         checkpoint = loader(path)
-        if not isinstance(checkpoint, dict):
-            raise ValueError("is no state dict of tensors")
     except Exception as error:
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
+    args = args if isinstance(args, dict) else {}
     known = ("arch", "patch_size", "img_size", "mean", "std")
-    info = {name: args[name] for name in known if args.get(name) is not None} if args else {}
+    info = {name: args[name] for name in known if args.get(name) is not None}
     if isinstance(info.get("img_size"), list):  # one side, or height and width
         info["img_size"] = tuple(info["img_size"]) if len(set(info["img_size"])) > 1 else info["img_size"][0]
     inner = key if key not in checkpoint else None  # a network within a state dict
     usual = ("teacher", "encoder_q", "online", "state_dict", "model")
     entry = key if key in checkpoint else next((name for name in usual if name in checkpoint), None)
     state = checkpoint[entry] if entry else checkpoint
-    names = [name.removeprefix("module.") for name in state] if isinstance(state, dict) else []
+    state = state if isinstance(state, dict) else {}
+    state = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    names = [name.removeprefix("module.") for name in state]
     if inner and not any(name.startswith(f"{inner}.") for name in names):
-        found = dict.fromkeys(name.split(".")[0] for name in [*checkpoint, *names])
+        keys = [name for name in checkpoint if isinstance(name, str)]
+        found = dict.fromkeys(name.split(".")[0] for name in [*keys, *names])
         fail(f"--checkpoint_key {key}: {path} has {', '.join(list(found)[:12])}")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state:
         fail(f"{flag} {path}: {f'its {entry} is' if entry else 'is'} no state dict of tensors")
-    return _backbone_names(state, inner or "encoder_q", whole), info
+    state = _backbone_names(state, inner or "encoder_q", whole)
+    return state, info | _pooling(state)
 
 
 # torchvision's names of ViT and Swin -> timm's. Swin: features 1, 3, 5, 7 are stages, 2, 4, 6 lie between.
-# The two pad in other ways: its features are equal where no window is padded, at multiples of 224 px.
+# swin_size says where the features of the two Swins are equal.
 TORCHVISION_NAMES = (
     (r"^conv_proj\.", "patch_embed.proj."), (r"^class_token$", "cls_token"),
     (r"^encoder\.pos_embedding$", "pos_embed"), (r"^encoder\.ln\.", "norm."),
@@ -1278,6 +1661,14 @@ TORCHVISION_NAMES = (
     *((rf"^features\.{2 * i}\.", f"layers.{i}.downsample.") for i in range(1, 4)))
 
 
+# mmcls's names of Swin, which CMID's authors train -> timm's.
+MMCLS_NAMES = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^norm3\.", "norm."),
+    *((rf"^stages\.{i}\.downsample\.", f"layers.{i + 1}.downsample.") for i in range(3)),
+    (r"^stages\.", "layers."), (r"\.attn\.w_msa\.", ".attn."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."))
+
+
 def _backbone_names(state: dict, network: str, whole: bool) -> dict:
     kept = ("decoder_", "mask_token") if whole else ()
     # Of DDP, MoCo, CMID (two), DINO and ours; what lies beside them in the file is not the backbone.
@@ -1286,29 +1677,90 @@ def _backbone_names(state: dict, network: str, whole: bool) -> dict:
             state = {name.removeprefix(prefix): x for name, x in state.items()
                      if name.startswith((prefix, *kept))}
     if {"conv_proj.weight", "features.1.0.attn.qkv.weight"} & state.keys():
-        for old, new in TORCHVISION_NAMES:
-            state = {re.sub(old, new, name): x for name, x in state.items()}
+        return _renamed(state, TORCHVISION_NAMES)
+    if any(".attn.w_msa." in name for name in state):
+        state = {name: _merging_of_mmcls(x) if re.match(r"stages\.\d\.downsample\.", name) else x
+                 for name, x in state.items()}
+        return _renamed(state, MMCLS_NAMES)
     return state
+
+
+def _renamed(state: dict, names: tuple) -> dict:
+    for old, new in names:
+        state = {re.sub(old, new, name): x for name, x in state.items()}
+    return state
+
+
+def _merging_of_mmcls(x: Tensor) -> Tensor:
+    # Four neighbours become one token: theirs unfolds by channel, row, column; timm's goes by column, row,
+    # channel. The last dimension of the norm's and the reduction's tensors follows.
+    by_neighbour = x.unflatten(-1, (-1, 2, 2))  # ... C row column
+    return by_neighbour.movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3).contiguous()
+
+
+def convert_first_conv(weight: Tensor, conv: nn.Conv2d) -> tuple[Tensor, list[str]]:
+    """Weights D x C x h x w for the channels of `conv`, and patches of its size; in words what was done.
+
+    Equal channels in, equal tokens out: each new channel gets an equal share of the old ones' sum. But three
+    become more as in timm, repeated and scaled: the first stay red, green and blue.
+    """
+    C, in_chans, words = weight.shape[1], conv.in_channels, []
+    if C != in_chans:
+        words.append(f"{C} channels converted to {in_chans}")
+        if C == 3 < in_chans:
+            weight = timm.models.adapt_input_conv(in_chans, weight.float())
+        else:
+            weight = (weight.float().sum(1, keepdim=True) / in_chans).expand(-1, in_chans, -1, -1)
+    old, new = tuple(weight.shape[2:]), conv.kernel_size
+    if old != new == conv.stride:
+        weight = timm.layers.resample_patch_embed(weight.float(), list(new))
+        words.append(f"patches of {shape_words(old)} px resampled to {shape_words(new)}")
+    return weight, words
+
+
+def _convert_first_convs(backbone: nn.Module, state: dict) -> tuple[dict, list[str]]:
+    first = getattr(backbone, "pretrained_cfg", {}).get("first_conv") or ()
+    modules, report = dict(backbone.named_modules()), []
+    for name in (first,) if isinstance(first, str) else first:
+        conv, weight = modules.get(name), state.get(f"{name}.weight")
+        if isinstance(conv, nn.Conv2d) and weight is not None and weight.ndim == 4 and conv.groups == 1:
+            weight, words = convert_first_conv(weight, conv)
+            if words and weight.shape == conv.weight.shape:
+                state = state | {f"{name}.weight": weight}
+                report.append(f"{name}.weight: {', '.join(words)}")
+    return state, report
+
+
+def shape_words(shape: Sequence[int]) -> str:
+    """A shape as the messages have it: 64 x 3 x 7 x 7."""
+    return " x ".join(map(str, shape)) or "1 number"
 
 
 def loading_report(source: str, own: dict, state: dict, fitting: dict) -> str:
     """A line on a network's tensors `own`, those of a file, `state`, and those taken from it, `fitting`."""
     report = f"{source}: {len(fitting)} of {len(own)} tensors loaded"
-    for what, all_names in (("missing", own), ("not used", state)):
-        names = all_names.keys() - fitting.keys()
-        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
+    wrong = [f"{name}: {shape_words(state[name].shape)} in the file, {shape_words(x.shape)} in the network"
+             for name, x in own.items() if name in state.keys() - fitting.keys()]
+    for what, names in (("missing", own.keys() - state.keys() - fitting.keys()), ("of another shape", wrong),
+                        ("not used", state.keys() - own.keys() - fitting.keys())):
+        shown = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + ", ..." * (len(names) > 3)
+        if names or what != "of another shape":
+            report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
     return report
 
 
 def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: bool = False) -> str:
-    """Fills `backbone` from `state` and returns a line that says what was loaded, missing and unexpected.
+    """Fills `backbone` from `state`; returns a line: loaded, missing, not used, converted and resampled.
 
-    timm resamples position embeddings and patch projections of another size; all else of another shape counts
-    as missing. Fails when under 90 % of the backbone's tensors are filled, or the file has more blocks,
-    unless `allow_partial`.
+    A first convolution of other channels is converted. timm resamples position embeddings and patches of
+    another size. Fails where a tensor of the backbone is missing or has another shape, or the file has more
+    blocks, unless `allow_partial`.
     """
-    own = backbone.state_dict()
+    own, given = backbone.state_dict(), state
+    state, words = _convert_first_convs(backbone, state)
+    if isinstance(backbone, timm.models.SwinTransformer):
+        take_small_windows(backbone, state)
+        own = backbone.state_dict()
 
     def fit(state: dict) -> dict:
         return {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
@@ -1332,10 +1784,15 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
              and not name.endswith(buffers)]
     # BatchNorm's counters of batches change no feature; files of old PyTorch lack them.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
-    if (extra or len(fitting.keys() & needed) < 0.9 * len(needed)) and not (allow_partial and fitting):
+    if (extra or needed - fitting.keys()) and not (allow_partial and fitting):
         fail(f"{report}: another arch? (--allow_partial takes what fits)")
     backbone.load_state_dict(fitting, strict=False)
-    return report
+    changed = [f"{name} ({shape_words(given[name].shape)} to {shape_words(x.shape)})"
+               for name, x in fitting.items() if name in given and given[name].shape != x.shape
+               and not any(word.startswith(f"{name}:") for word in words)]
+    if changed:
+        words.append(f"{len(changed)} resampled ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)})")
+    return "; ".join([report, *words])
 
 
 def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | None) -> str:
@@ -1344,13 +1801,19 @@ def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | N
         return f"resumed at step {saved['step']}{', --init is not read again' if args.init else ''}"
     if not args.init:
         return "from scratch"
-    state, _ = read_weights(args.init, args.checkpoint_key, "--init")
+    state, info = read_weights(args.init, args.checkpoint_key, "--init")
+    if "pos_embed" in state and isinstance(info.get("img_size"), tuple):  # as many could make a square
+        fail(f"--init {args.init}: its positions are of {shape_words(info['img_size'])} px, not of a square")
     return load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
 
 
 def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int, int],
                     mean: Sequence[float], std: Sequence[float]) -> None:
-    """Writes config.json and model.safetensors for timm.create_model("local-dir:FOLDER", pretrained=True)."""
+    """Writes config.json and model.safetensors.
+
+    They load by timm.create_model("local-dir:FOLDER", pretrained=True), and by transformers'
+    AutoModel.from_pretrained("FOLDER").
+    """
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     kept = ("architecture", "first_conv", "classifier", "pool_size")
@@ -1363,6 +1826,10 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
     with writing(folder):
         timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args),
                                 safe_serialization=True)
+        config = json.loads((new / "config.json").read_text())
+        # timm's later versions add num_classes, which transformers gives itself.
+        config["model_args"] = dict(backbone.model_args)
+        (new / "config.json").write_text(json.dumps(config, indent=2))
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own: the owner's alone
         folder.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):
@@ -1492,18 +1959,6 @@ def write_atomically(path: Path, write: Callable) -> None:
             temporary.unlink(missing_ok=True)  # half of a file only takes the space
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Loads to the CPU without ever running code from the file; raises ValueError with the reason."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # harmless: flags in public checkpoints
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    except pickle.UnpicklingError as error:
-        raise ValueError("refused, because loading it would run code; or no PyTorch file") from error
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
 
 
 def make_output_dir(folder: str, process: Process) -> Path:
@@ -1778,11 +2233,16 @@ class Run:
         epochs, rest = divmod(done, self.steps_per_epoch)
         return done == self.stop_step or (rest == 0 and epochs % self.args.save_every == 0)
 
-    def draw(self, name: str, rows: Sequence[Sequence[Tensor]], dtype: torch.dtype = torch.uint8) -> None:
-        """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count."""
+    def draw(self, name: str, rows: Sequence[Sequence[Tensor]], mean: Sequence[float] | None = None,
+             std: Sequence[float] | None = None, dtype: torch.dtype = torch.uint8) -> None:
+        """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count.
+
+        `mean`, `std` and `dtype` are those that the rows were normalised with; default: --mean and --std.
+        """
         if self.process.is_main:
             began = time.perf_counter()
-            grid = save_grid(self.out / name, rows, self.args.mean, self.args.std, dtype)
+            grid = save_grid(self.out / name, rows, mean or self.args.mean, std or self.args.std,
+                             dtype)
             if self._events:
                 self._events.add_image(Path(name).stem, grid, self.step)
             self.began += time.perf_counter() - began

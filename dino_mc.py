@@ -92,7 +92,8 @@ def get_parser() -> argparse.ArgumentParser:
         "pretrained weights by name")
     add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
         "exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["mc", "dino", "tp"], default="mc", help="mc: local crops of many sizes; dino: of "
@@ -504,9 +505,21 @@ def process_mean(x: Tensor, process: Process) -> Tensor:
     return x
 
 
-def teacher_temp_at(epoch: int, warmup: float, final: float, warmup_epochs: int) -> float:
-    """tau_t: linear from `warmup` to `final` over the warm-up epochs, then constant."""
-    return warmup + (final - warmup) * min(1.0, epoch / warmup_epochs) if warmup_epochs else final
+def warmed_up(start: float, end: float, i: int, warmup: int) -> float:
+    """Value i of `warmup` evenly spaced ones from `start` to `end`; `end` after them."""
+    return start + (end - start) * i / max(1, warmup - 1) if i < warmup else end
+
+
+def schedules(step: int, run: common.Run, args: argparse.Namespace) -> dict[str, float]:
+    """Learning rate, weight decay and the teacher's momentum by steps; its temperature by epochs."""
+    T, warmup_steps = run.total_steps, round(args.warmup_epochs * run.steps_per_epoch)
+    lr, epoch = args.lr * run.effective_batch / 256, step // run.steps_per_epoch
+    return {"lr": warmed_up(0.0, lr, step, warmup_steps) if step < warmup_steps else
+            common.cosine_schedule(lr, args.min_lr, step, T, warmup_steps),
+            "weight_decay": common.cosine_schedule(args.weight_decay, args.weight_decay_end, step, T),
+            "momentum": common.cosine_schedule(args.momentum_teacher, 1.0, step, T),
+            "teacher_temp": warmed_up(args.warmup_teacher_temp, args.teacher_temp, epoch,
+                                      args.warmup_teacher_temp_epochs)}
 
 
 def train(args: argparse.Namespace, process: Process) -> None:
@@ -534,18 +547,12 @@ def train(args: argparse.Namespace, process: Process) -> None:
     ddp_student = common.distributed(student, process)
 
     loader = run.loader(ViewDataset(locations, views, args.seed))
-    lr, warmup_steps = args.lr * run.effective_batch / 256, round(args.warmup_epochs * run.steps_per_epoch)
     advice = ("Try a lower --teacher_temp or --lr, more --warmup_epochs or --warmup_teacher_temp_epochs, or "
               "--use_bn_in_head")
-    for step in run.steps(loader, init, {"kl": 0.02, "feature_std": 0.05}, advice, scaled_lr=lr,
-                          views=[view.size for view in views], chance_loss=math.log(args.out_dim)):
-        epoch = step // run.steps_per_epoch
-        now = {"lr": common.cosine_schedule(lr, args.min_lr, step, run.total_steps, warmup_steps),
-               "weight_decay": common.cosine_schedule(args.weight_decay, args.weight_decay_end, step,
-                                                      run.total_steps),
-               "momentum": common.cosine_schedule(args.momentum_teacher, 1.0, step, run.total_steps),
-               "teacher_temp": teacher_temp_at(epoch, args.warmup_teacher_temp, args.teacher_temp,
-                                               args.warmup_teacher_temp_epochs)}
+    header = {"scaled_lr": args.lr * run.effective_batch / 256, "views": [view.size for view in views],
+              "chance_loss": math.log(args.out_dim)}
+    for step in run.steps(loader, init, {"kl": 0.02, "feature_std": 0.05}, advice, **header):
+        now = schedules(step, run, args)
         common.set_lr(optimizer, now["lr"])
         optimizer.param_groups[0]["weight_decay"] = now["weight_decay"]  # the other group has none
         colour = common.generator(args.seed, "colour", step, process.rank)
@@ -574,7 +581,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         grad_norm = common.grad_norm(optimizer, scaler)
         if args.clip_grad:
             clip_gradients(student.parameters(), args.clip_grad)
-        if epoch < args.freeze_last_layer:
+        if step // run.steps_per_epoch < args.freeze_last_layer:
             for parameter in student.head.last_layer.parameters():
                 parameter.grad = None
         common.optimizer_step(optimizer, scaler)

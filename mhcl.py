@@ -86,7 +86,8 @@ def get_parser() -> argparse.ArgumentParser:
         "pretrained weights by name")
     add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
         "exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mhcl", action=yes_no, default=True, help="four scales and hard features; without: MoCo v2")

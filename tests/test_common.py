@@ -377,13 +377,11 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.parametrize("content, reason", [(Evil(), "would run code"), (b"garbage", "no PyTorch file")])
+@pytest.mark.parametrize("content, reason", [(Evil(), "no state dict"), (b"garbage", "no PyTorch file")])
 def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, capsys, content, reason):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save({"teacher": content}, path)
-    with pytest.raises(ValueError, match=reason):
-        common.load_checkpoint(path)
     with pytest.raises(SystemExit):
         common.read_weights(str(path))
     assert reason in capsys.readouterr().err

@@ -563,7 +563,7 @@ def test_no_loading_path_runs_code(run, capsys, scenes, tmp_path):
                 with open(path, "wb") as file:
                     save(content, file)
                 capsys.readouterr()
-                refused(run, capsys, script, flags, "would run code")
+                refused(run, capsys, script, flags, "error: --")
                 assert not done.exists()
         path.unlink()
     with open(tmp_path / "evil.npy", "wb") as file:
