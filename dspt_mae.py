@@ -159,7 +159,7 @@ class CropDataset(torch.utils.data.Dataset):
         """Returns a crop C x H x W."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
-        image = common.read_pixels(self.paths[index], self.in_chans)
+        image = common.read_image(self.paths[index], self.in_chans)
         if image.dtype != self.dtype:
             raise common.UnreadableImageError(f"{self.paths[index]}: {image.dtype} among {self.dtype}")
         box = RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))  # top, left, height, width
@@ -172,7 +172,7 @@ def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
     dtypes, pixels = [], []
 
     def read(path: str) -> Tensor:
-        image = common.read_pixels(path, args.in_chans)
+        image = common.read_image(path, args.in_chans)
         k = math.ceil(math.sqrt(image[0].numel() / 2**16))  # a grid of about 65,536 pixels at most
         dtypes.append(image.dtype)
         pixels.append(common.to_float(image[:, ::k, ::k]).flatten(1))

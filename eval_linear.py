@@ -202,8 +202,9 @@ def random_crop(image: Tensor, img_size: int) -> Tensor:
 class CropsOfPass(LabelledImages):
     """As LabelledImages, with random crops, drawn from (seed, number of the pass, index) alone."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int):
-        super().__init__(samples, img_size, in_chans)
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int,
+                 bands: list[int | str] | None = None):
+        super().__init__(samples, img_size, in_chans, bands)
         self.seed, self.number = seed, number
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
@@ -225,11 +226,13 @@ class FinetuneImages(torch.utils.data.Dataset):
         in_chans: channels.
         rand_augment: strength of RandAugment's two operations, from 0 (none) to 10.
         seed: of the run.
+        bands: see common.read_image.
     """
 
     def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, rand_augment: float,
-                 seed: int):
+                 seed: int, bands: list[int | str] | None = None):
         self.samples, self.img_size, self.in_chans, self.seed = samples, img_size, in_chans, seed
+        self.bands = bands
         self.augment = None
         if rand_augment:
             self.augment = RandAugment(2, round(100 * rand_augment), 1001, fill=[127.0] * in_chans)
@@ -242,7 +245,7 @@ class FinetuneImages(torch.utils.data.Dataset):
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
         path, label = self.samples[index]
-        crop = random_crop(common.read_pixels(path, self.in_chans), self.img_size)
+        crop = random_crop(common.read_image(path, self.in_chans, self.bands), self.img_size)
         if self.augment:
             if crop.dtype != torch.uint8:
                 raise common.UnreadableImageError(f"{path}: --rand_augment is for 8-bit pixels")

@@ -189,49 +189,6 @@ def write_pixels(path, kind):
     return array
 
 
-KINDS = ["npy float32 4", "npy uint8 2", "npy uint16 1", "tiff float32 1", "tiff uint16 1", "pages uint8 4"]
-KINDS += ["png uint8 4", "png uint8 1"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_channels_are_read_as_they_are(tmp_path, kind):
-    array = write_pixels(tmp_path / "a", kind)
-    path, C = next(tmp_path.iterdir()), array.shape[2]
-    pixels = common.read_pixels(path, C)
-    assert pixels.dtype == (torch.uint8 if array.dtype == np.uint8 else torch.float32)
-    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), array.astype(pixels.numpy().dtype))
-    with pytest.raises(common.UnreadableImageError, match="not H x W x 7"):
-        common.read_pixels(path, 7)
-
-
-def test_pixels_that_cannot_be_used_are_unreadable(tmp_path):
-    np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan, np.float32))
-    np.save(tmp_path / "code.npy", np.array([{}], dtype=object), allow_pickle=True)
-    (tmp_path / "text.npy").write_text("no array")
-    np.save(tmp_path / "deep.npy", np.zeros((2, 8, 8, 1)))
-    np.save(tmp_path / "complex.npy", np.zeros((8, 8), np.complex64))
-    reasons = {"nan": "NaN or infinite", "code": "pickle", "text": "", "deep": "2 x 8 x 8 x 1 pixels"}
-    for name, reason in (reasons | {"complex": "complex pixels"}).items():
-        with pytest.raises(common.UnreadableImageError, match=f"{name}.npy: .*{reason}"):
-            common.read_pixels(tmp_path / f"{name}.npy", 1)
-    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
-    assert common.read_pixels(tmp_path / "red.png", 1).unique().tolist() == [76]  # luma
-    assert common.read_pixels(tmp_path / "red.png", 3).shape == (3, 8, 8)
-
-
-def test_pages_are_bands_where_they_are_of_one_size(tmp_path):
-    pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (10, 100, 200)]
-    pages[0].save(tmp_path / "bands.tif", save_all=True, append_images=pages[1:])
-    assert common.read_pixels(tmp_path / "bands.tif", 3)[:, 0, 0].tolist() == [10, 100, 200]
-    for read in (common.read_image, lambda path: common.read_pixels(path, 1)):
-        with pytest.raises(common.UnreadableImageError):
-            read(tmp_path / "bands.tif")
-    colour = Image.new("RGB", (8, 8), (1, 2, 3))
-    overviews = [colour.resize((side, side)) for side in (4, 2)]
-    colour.save(tmp_path / "overviews.tif", save_all=True, append_images=overviews)
-    for read in (common.read_image, common.read_pixels):
-        assert read(tmp_path / "overviews.tif")[:, 0, 0].tolist() == [1, 2, 3]
-
 
 @pytest.mark.parametrize("mean, std, fits", [(100, 10, True), (120, 50, True), (0.4, 0.1, False),
                                              (100, 1000, False), (100, 0.5, False), (500, 30, False)])
