@@ -80,7 +80,7 @@ FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_parti
               "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
               "log_every", "max_steps", "tensorboard"}
 # Flags that checkpoints of earlier versions lack, and what these did.
-YOUNGER_FLAGS = {}
+YOUNGER_FLAGS = {"in_chans": 3, "bands": None, "tile_size": None}
 
 # --------------------------------------------------------------------------------------------------
 # Errors, processes, seeds
@@ -882,26 +882,43 @@ def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float]
                std: Sequence[float]) -> list[str]:
     """Looks at some samples; sets `samples.dtype`, `args.mean` and `args.std`; returns lines to print.
 
-    Fails where none is readable, or most are smaller than --img_size. --mean and --std are taken as given;
-    without them `mean` and `std` serve 8-bit RGB, and what is measured all else.
+    Fails where none is readable, warns where most are smaller than --img_size. --mean and --std are taken as
+    given; without them `mean` and `std` serve 8-bit RGB, and what is measured all else.
     """
     found = measure_pixels(samples, 32)
     side, median = min(timm.layers.to_2tuple(args.img_size)), sorted(found.sides)[len(found.sides) // 2]
+    samples.dtype, lines = found.dtype, []
     if median < side:
-        fail(f"--img_size {side}: most images are smaller; use {median}, their median, or less")
-    samples.dtype = found.dtype
+        lines.append(f"warning: --img_size {side}: most images are smaller, so crops are enlarged, which "
+                     f"costs time and adds nothing; {median} is their median side")
     if args.mean or args.std:
         if not len(args.mean or []) == len(args.std or []) == samples.in_chans:
             fail(f"--mean, --std: give {samples.in_chans} values for each, or neither")
         fits = all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
                    in zip(args.mean, args.std, found.mean, found.std, strict=True))
-        return [] if fits else [f"warning: --mean and --std are far from the images' own, {found.flags()}"]
+        far = [f"warning: --mean and --std are far from the images' own, {found.flags()}"]
+        return lines if fits else lines + far
     if samples.in_chans == 3 and found.dtype == torch.uint8:
         args.mean, args.std = list(mean), list(std)
-        return []
+        return lines
     found = measure_pixels(samples)
     args.mean, args.std = found.mean, found.std
-    return [f"measured on some images: {found.flags()}"]
+    return [*lines, f"measured on some images: {found.flags()}"]
+
+
+def add_pixel_flags(add: Callable, tiles: bool = True) -> None:
+    """Adds the flags that load_samples takes beside --data_path, and --num_workers, to a group's `add`."""
+    add("--in_chans", type=positive(int), help="bands of an image; default: 3, or as many as --bands")
+    add("--bands", type=band, nargs="+", help="numbers from 1 choose and order the bands of a file; names, "
+        "such as B04 B03 B02, make a folder with a file for each of them the image")
+    if tiles:
+        add("--tile_size", type=positive(int), help="take images as a grid of windows of so many pixels, of "
+            "which only the parts needed are read; for large scenes")
+        add("--mean", type=finite(float), nargs="+", help="of each band, 8-bit pixels in [0, 1], others in "
+            "their units; default: the method's for 8-bit RGB, else measured and printed")
+        add("--std", type=positive(float), nargs="+", help="of each band; default: as --mean")
+    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
+        "most 16")
 
 
 def load_samples(args: argparse.Namespace, process: Process, mean: Sequence[float],
@@ -926,22 +943,6 @@ def to_float(images: Tensor, mean: Sequence[float] | None = None,
         return images.float().div_(255)
     return images if mean is None else ((images - _per_band(mean, images)) / _per_band(std, images)
                                         ).div_(6).add_(0.5).clamp_(0, 1)
-
-
-def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tensor] = read_image) -> None:
-    """Reads up to 32 images, evenly spaced; fails when none is readable, warns when most are smaller."""
-    sides, reason = [], ""
-    for path in paths[:: math.ceil(len(paths) / 32)]:
-        try:
-            sides.append(min(read(path).shape[1:]))
-        except UnreadableImageError as error:  # a few are counted and reported when training meets them
-            reason = reason or str(error)
-    if not sides:
-        fail(f"--data_path: none of the images looked at is readable: {reason}")
-    median = sorted(sides)[len(sides) // 2]
-    if median < img_size:
-        print(f"warning: --img_size {img_size}: most images are smaller, so crops are enlarged, which costs "
-              f"time and adds nothing; {median} is their median side", file=sys.stderr)
 
 
 class SkipUnreadable(torch.utils.data.Dataset):
@@ -2253,16 +2254,11 @@ class Run:
         epochs, rest = divmod(done, self.steps_per_epoch)
         return done == self.stop_step or (rest == 0 and epochs % self.args.save_every == 0)
 
-    def draw(self, name: str, rows: Sequence[Sequence[Tensor]], mean: Sequence[float] | None = None,
-             std: Sequence[float] | None = None, dtype: torch.dtype = torch.uint8) -> None:
-        """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count.
-
-        `mean`, `std` and `dtype` are those that the rows were normalised with; default: --mean and --std.
-        """
+    def draw(self, name: str, rows: Sequence[Sequence[Tensor]], dtype: torch.dtype = torch.uint8) -> None:
+        """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count."""
         if self.process.is_main:
             began = time.perf_counter()
-            grid = save_grid(self.out / name, rows, mean or self.args.mean, std or self.args.std,
-                             dtype)
+            grid = save_grid(self.out / name, rows, self.args.mean, self.args.std, dtype)
             if self._events:
                 self._events.add_image(Path(name).stem, grid, self.step)
             self.began += time.perf_counter() - began

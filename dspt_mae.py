@@ -56,7 +56,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process, finite, not_negative, number, positive
+from common import Process, Samples, not_negative, number, positive
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -71,14 +71,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder of images, at any depth")
     add("--img_size", type=positive(int), nargs="+", default=[224], help="side of the crops, or height and "
         "width")
-    add("--in_chans", type=positive(int), default=3, help="1 for SAR, 12 for .npy files H x W x 12, or TIFF "
-        "files of 12 pages")
-    add("--mean", type=finite(float), nargs="+", default=common.IMAGENET_MEAN, help="of each channel, 8-bit "
-        "pixels in [0, 1], others in their units; leave it out, and the error gives values measured on the "
-        "images")
-    add("--std", type=positive(float), nargs="+", default=common.IMAGENET_STD, help="of each channel")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    common.add_pixel_flags(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="vit_base_patch16_224", help="a timm ViT with a class token, such as "
@@ -142,55 +135,25 @@ class CropDataset(torch.utils.data.Dataset):
     """One crop of an image, drawn from (seed, epoch, index) alone.
 
     Args:
-        paths: the images.
+        samples: the images.
         size: height and width of the crop.
-        in_chans: C.
-        dtype: of the pixels; images of another are not mixed in.
         seed: of the run.
     """
 
-    def __init__(self, paths: list[str], size: tuple[int, int], in_chans: int, dtype: torch.dtype, seed: int):
-        self.paths, self.size, self.in_chans, self.dtype, self.seed = paths, size, in_chans, dtype, seed
+    def __init__(self, samples: Samples, size: tuple[int, int], seed: int):
+        self.samples, self.size, self.seed = samples, size, seed
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        """Returns a crop C x H x W."""
+        """Returns a crop C x H x W of the files' dtype."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
-        image = common.read_image(self.paths[index], self.in_chans)
-        if image.dtype != self.dtype:
-            raise common.UnreadableImageError(f"{self.paths[index]}: {image.dtype} among {self.dtype}")
+        image = self.samples[index]
         box = RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))  # top, left, height, width
         crop = resized_crop(image, *box, self.size, InterpolationMode.BICUBIC)
         return crop.flip(-1) if torch.rand(()) < 0.5 else crop
-
-
-def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
-    """The images' dtype; fails when --mean and --std are far from these channels', and says what they are."""
-    dtypes, pixels = [], []
-
-    def read(path: str) -> Tensor:
-        image = common.read_image(path, args.in_chans)
-        k = math.ceil(math.sqrt(image[0].numel() / 2**16))  # a grid of about 65,536 pixels at most
-        dtypes.append(image.dtype)
-        pixels.append(common.to_float(image[:, ::k, ::k]).flatten(1))
-        return image
-
-    common.check_images(paths, min(args.img_size), read)  # up to 32 of them
-    sample = torch.cat(pixels, 1)
-    dtype, own_mean, own_std = dtypes[0], sample.mean(1).tolist(), sample.std(1).tolist()
-    fits = len(args.mean) == len(args.std) == args.in_chans
-    for mean, std, m, s in zip(args.mean, args.std, own_mean, own_std, strict=False):
-        fits &= abs(m - mean) < 10 * std and s < 10 * std and (std < 10 * s or s == 0)
-    if not fits:
-        given = " ".join(map(str, args.mean))
-        mean = " ".join(f"{m:.4g}" for m in own_mean)
-        std = " ".join(f"{s or 1:.4g}" for s in own_std)  # 1 for a constant channel
-        common.fail(f"--mean {given}: --mean and --std do not fit the images' {args.in_chans} channels; "
-                    f"measured on some: --mean {mean} --std {std}")
-    return dtype
 
 
 def kept_patches(N: int, mask_ratio: float) -> int:
@@ -437,8 +400,6 @@ def draw_pictures(run: common.Run, name: str, patches: Tensor, mask: Tensor, pre
                   p: int, grid: tuple[int, int], dtype: torch.dtype) -> None:
     """Draws a row for each of up to 8 images: itself, what the encoder sees, the prediction elsewhere.
 
-    8-bit RGB is shown as it is, all else from -2 to 2 deviations: three channels, or the first in grey.
-
     Args:
         run: whose folder gets the picture.
         name: of the file.
@@ -458,11 +419,7 @@ def draw_pictures(run: common.Run, name: str, patches: Tensor, mask: Tensor, pre
             prediction = prediction * std + mean
         columns.append(torch.where(masked, prediction, patches))
     columns = [unpatchify(column, p, grid) for column in columns]
-    mean, std = args.mean, args.std
-    if args.in_chans != 3 or dtype != torch.uint8:
-        columns = [x[:, :3] if args.in_chans >= 3 else x[:, :1].expand(-1, 3, -1, -1) for x in columns]
-        mean, std = (0.5,) * 3, (0.25,) * 3
-    run.draw(name, list(zip(*columns, strict=True)), mean, std)
+    run.draw(name, list(zip(*columns, strict=True)), dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -473,9 +430,8 @@ def draw_pictures(run: common.Run, name: str, patches: Tensor, mask: Tensor, pre
 def train(args: argparse.Namespace, process: Process) -> None:
     """Trains the autoencoder; writes checkpoints, encoder, log and pictures to --output_dir."""
     # Data
-    paths = common.list_images(args.data_path, exclude=args.output_dir, suffixes=common.PIXEL_SUFFIXES)
-    dtype = check_pixels(paths, args)
-    run = common.Run(args, process, samples=len(paths), images=len(paths))
+    samples = common.load_samples(args, process, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    run = common.Run(args, process, samples=len(samples), images=len(samples.paths))
 
     # Network: resumed, or started, from --init or from scratch
     network = build_network(args)
@@ -494,7 +450,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         network.compile()
     model = common.distributed(network, process)
 
-    loader = run.loader(CropDataset(paths, args.img_size, args.in_chans, dtype, args.seed))
+    loader = run.loader(CropDataset(samples, args.img_size, args.seed))
     base_lr = args.lr * run.effective_batch / 256
     warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
     advice = "Try a lower --lr or more --warmup_epochs"
@@ -507,7 +463,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
 
         for micro in range(args.accum_steps):
             crops = run.fetch()  # B x C x H x W
-            images = common.normalize(common.to_float(crops), args.mean, args.std)
+            images = common.to_float(crops, args.mean, args.std)
+            images = common.normalize(images, args.mean, args.std, crops.dtype)
             # Which patches the encoder sees: others for each image.
             masking = random_masking(len(images), N, args.mask_ratio,
                                      common.generator(args.seed, "mask", step, micro, process.rank))
@@ -516,7 +473,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
             patches = patchify(images, p)  # B x N x (p * p * C)
             target = normalize_patches(patches)[0] if args.norm_pix_loss else patches
             if step == micro == 0:
-                draw_pictures(run, "views.png", patches, mask, None, p, grid, dtype)
+                draw_pictures(run, "views.png", patches, mask, None, p, grid, crops.dtype)
             with common.accumulating(model, micro, args.accum_steps):
                 with run.autocast:
                     prediction, features = model(images, ids_keep, ids_restore)  # B x N x (p * p * C), B x D
@@ -530,7 +487,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         grad_norm = common.grad_norm(optimizer, scaler)
         common.optimizer_step(optimizer, scaler)
         if run.is_due(step):
-            draw_pictures(run, "reconstruction.png", patches, mask, prediction, p, grid, dtype)
+            draw_pictures(run, "reconstruction.png", patches, mask, prediction, p, grid, crops.dtype)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
 
