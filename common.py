@@ -882,28 +882,29 @@ def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float]
                std: Sequence[float]) -> list[str]:
     """Looks at some samples; sets `samples.dtype`, `args.mean` and `args.std`; returns lines to print.
 
-    Fails where none is readable, warns where most are smaller than --img_size. --mean and --std are taken as
+    Fails where none is readable; warns where most are smaller than --img_size. --mean and --std are taken as
     given; without them `mean` and `std` serve 8-bit RGB, and what is measured all else.
     """
-    found = measure_pixels(samples, 32)
+    found, lines = measure_pixels(samples, 32), []
     side, median = min(timm.layers.to_2tuple(args.img_size)), sorted(found.sides)[len(found.sides) // 2]
-    samples.dtype, lines = found.dtype, []
     if median < side:
         lines.append(f"warning: --img_size {side}: most images are smaller, so crops are enlarged, which "
                      f"costs time and adds nothing; {median} is their median side")
+    samples.dtype = found.dtype
     if args.mean or args.std:
         if not len(args.mean or []) == len(args.std or []) == samples.in_chans:
             fail(f"--mean, --std: give {samples.in_chans} values for each, or neither")
         fits = all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
                    in zip(args.mean, args.std, found.mean, found.std, strict=True))
-        far = [f"warning: --mean and --std are far from the images' own, {found.flags()}"]
-        return lines if fits else lines + far
-    if samples.in_chans == 3 and found.dtype == torch.uint8:
+        if not fits:
+            lines.append(f"warning: --mean and --std are far from the images' own, {found.flags()}")
+    elif samples.in_chans == 3 and found.dtype == torch.uint8:
         args.mean, args.std = list(mean), list(std)
-        return lines
-    found = measure_pixels(samples)
-    args.mean, args.std = found.mean, found.std
-    return [*lines, f"measured on some images: {found.flags()}"]
+    else:
+        found = measure_pixels(samples)
+        args.mean, args.std = found.mean, found.std
+        lines.append(f"measured on some images: {found.flags()}")
+    return lines
 
 
 def add_pixel_flags(add: Callable, tiles: bool = True) -> None:
@@ -927,9 +928,9 @@ def load_samples(args: argparse.Namespace, process: Process, mean: Sequence[floa
     check_bands(args)
     paths = list_images(args.data_path, args.output_dir, bands=args.bands)
     samples = Samples(paths, args.in_chans, args.bands, args.tile_size)
-    lines = set_pixels(samples, args, mean, std)
-    if process.is_main:
-        print("".join(f"{line}\n" for line in lines), end="", flush=True)
+    for line in set_pixels(samples, args, mean, std):
+        if process.is_main:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
     return samples
 
 
