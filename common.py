@@ -805,7 +805,7 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own: the owner's alone
         folder.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):
-            with open(new / name) as file:
+            with open(new / name, "rb+") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
             os.replace(new / name, folder / name)
         shutil.rmtree(new)
@@ -1086,17 +1086,24 @@ class Run:
             fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
                  f"{self.effective_batch}, is larger than the data, {samples}")
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.out = make_output_dir(args.output_dir, process)
-        self._lock, self._events = None, None
-        if process.is_main:
-            self._lock = _lock(self.out)
-            self._events = _event_writer(self.out) if args.tensorboard else None
+        check_alike(process, images=images, samples=samples)
         self.identity = {"images": images, "samples": samples, "effective_batch": self.effective_batch}
-        self.saved = self._find_checkpoint(free_flags)
-        self.start_step = self.saved["step"] if self.saved else 0
+        self._lock, self._events, refused = None, None, None
+        try:
+            self.out = make_output_dir(args.output_dir, process)
+            if process.is_main:
+                self._lock = _lock(self.out)
+            self.saved = self._find_checkpoint(free_flags)
+            self.start_step = self.saved["step"] if self.saved else 0
+            if process.is_main and args.tensorboard:
+                self._events = _event_writer(self.out, self.start_step)
+        except SystemExit as error:  # often of one process alone; then the others end without a word
+            refused = error
+        if agree(process, refused is not None)[0]:
+            raise refused or SystemExit(2)
         stop_step = min(self.total_steps, args.max_steps or self.total_steps)
         self.stop_step = max(self.start_step, stop_step)  # a run that is further already has nothing to do
-        check_alike(process, images=images, samples=samples, start_step=self.start_step)
+        check_alike(process, start_step=self.start_step)
         self.unreadable, self.stopped, self._signal_seen = set(), False, False
 
     def _find_checkpoint(self, free_flags: set[str]) -> dict | None:
@@ -1198,7 +1205,8 @@ class Run:
         try:
             batch, messages = next(self.batches)
         except UnreadableImageError as error:
-            fail(str(error).splitlines()[-1], 1, everywhere=True)  # before it comes the worker's traceback
+            # Of a worker's, a traceback and the name of the error come before it.
+            fail(str(error).splitlines()[-1].split("UnreadableImageError: ")[-1], 1, everywhere=True)
         self.waited += time.perf_counter() - began
         for message in set(messages) - self.unreadable:
             print(f"warning: unreadable, another image taken: {message}", file=sys.stderr, flush=True)
@@ -1221,7 +1229,7 @@ class Run:
             began = time.perf_counter()
             grid = save_grid(self.out / name, rows, self.args.mean, self.args.std)
             if self._events:
-                self._events.add_image(Path(name).stem, grid, self.step)
+                self._events.add_image(Path(name).stem, grid, self.step + 1)
             self.began += time.perf_counter() - began
 
     def end_step(self, step: int, terms: dict[str, Tensor], **values: float) -> None:
@@ -1291,17 +1299,17 @@ class Run:
 
     def _begin_log(self, header: dict) -> None:
         # Lines of later steps, from a run that was killed after its last checkpoint, go: they are done again.
-        def step(line: str) -> float:
+        def stays(line: str) -> bool:
             try:
-                return json.loads(line).get("step", 0)
-            except (json.JSONDecodeError, AttributeError):  # half a line, from a kill while it was written
-                return math.inf
+                return json.loads(line).get("step", 0) <= self.start_step
+            except (ValueError, AttributeError, TypeError):  # half a line, from a kill while it was written
+                return False
 
         path = self.out / "log.jsonl"
         with writing(path):
             old = path.read_text(errors="replace") if path.exists() and self.start_step else ""
-        kept = [line for line in old.splitlines() if step(line) <= self.start_step]
-        text = "".join(line + "\n" for line in [*kept, json.dumps(header)])
+        lines = [*filter(stays, old.splitlines()), json.dumps(header)]
+        text = "".join(line + "\n" for line in lines)
         write_atomically(path, lambda file: file.write(text.encode()))
 
     def _write_line(self, done: int, values: dict) -> None:
@@ -1346,9 +1354,10 @@ def _lock(out: Path) -> object:
     return file
 
 
-def _event_writer(out: Path) -> object:
+def _event_writer(out: Path, start_step: int) -> object:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fail("--tensorboard: the package tensorboard is not installed: pip install tensorboard")
-    return SummaryWriter(str(out / "events"))
+    # As in the log, later steps of a run that was killed go.
+    return SummaryWriter(str(out / "events"), purge_step=start_step + 1)
