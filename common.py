@@ -102,7 +102,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """Flag type: an int or float that is `allowed`; `words` end the error's "must be"."""
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -118,22 +119,22 @@ def _number(kind: type, allowed: Callable[[float], bool], words: str) -> Callabl
 
 def positive(kind: type) -> Callable[[str], float]:
     """Flag type: a finite int or float above 0."""
-    return _number(kind, lambda value: 0 < value < math.inf, "above 0")
+    return number(kind, lambda value: 0 < value < math.inf, "above 0")
 
 
 def not_negative(kind: type) -> Callable[[str], float]:
     """Flag type: a finite int or float of at least 0."""
-    return _number(kind, lambda value: 0 <= value < math.inf, "at least 0")
+    return number(kind, lambda value: 0 <= value < math.inf, "at least 0")
 
 
 def unit(kind: type) -> Callable[[str], float]:
     """Flag type: a number in [0, 1]."""
-    return _number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
+    return number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
 
 
 def finite(kind: type) -> Callable[[str], float]:
     """Flag type: a number that is neither infinite nor NaN."""
-    return _number(kind, math.isfinite, "a finite number")
+    return number(kind, math.isfinite, "a finite number")
 
 
 def default_warmup(given: float | None, usual: int, epochs: int) -> float:
@@ -1223,11 +1224,15 @@ class Run:
         epochs, rest = divmod(done, self.steps_per_epoch)
         return done == self.stop_step or (rest == 0 and epochs % self.args.save_every == 0)
 
-    def draw(self, name: str, rows: Sequence[Sequence[Tensor]]) -> None:
-        """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count."""
+    def draw(self, name: str, rows: Sequence[Sequence[Tensor]], mean: Sequence[float] | None = None,
+             std: Sequence[float] | None = None) -> None:
+        """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count.
+
+        `mean` and `std` are those that the rows were normalised with; default: --mean and --std.
+        """
         if self.process.is_main:
             began = time.perf_counter()
-            grid = save_grid(self.out / name, rows, self.args.mean, self.args.std)
+            grid = save_grid(self.out / name, rows, mean or self.args.mean, std or self.args.std)
             if self._events:
                 self._events.add_image(Path(name).stem, grid, self.step + 1)
             self.began += time.perf_counter() - began

@@ -14,7 +14,8 @@ imagery", arXiv 2303.06670. Builds on DINO (M. Caron et al., ICCV 2021), which i
 
 A student sees every view, a teacher (its moving average) only the global ones. The student's output on each
 view has to predict the teacher's on every other view. Centring and a low temperature of the teacher keep both
-from collapsing. MC gives local crops many sizes; TP takes global views from different dates of a place.
+from collapsing. MC gives local crops many sizes; TP takes global views from different dates of a place. Read
+`make_views`, `DINOLoss` and `train` first.
 
     symbol    variable              flag (default)                what
     B         B                     batch_size_per_gpu (64)       images per process and micro-batch
@@ -22,9 +23,9 @@ from collapsing. MC gives local crops many sizes; TP takes global views from dif
     D         D                     arch (vit_small_patch16_224)  width of the backbone's features
     K         K                     out_dim (65536)               prototypes
     tau_s     student_temp          student_temp (.1)             student's temperature
-    tau_t     teacher_temp          teacher_temp (.04)            teacher's; warms up by epochs
+    tau_t     teacher_temp          teacher_temp (.04)            teacher's; may warm up by epochs
     c         center                -                             mean teacher output, momentum .9
-    m         now["momentum"]       momentum_teacher (.996)       of the teacher, cosine to 1
+    m         momentum              momentum_teacher (.996)       of the teacher, cosine to 1
 
 Differs from the authors' code:
 - every image is used; `--one_date_per_location` draws one image per folder and epoch (theirs: once per run);
@@ -45,27 +46,20 @@ import argparse
 import copy
 import math
 import os
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import groupby
-from pathlib import Path
 
 import timm.layers
-import timm.optim
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process
+from common import Process, finite, not_negative, positive, unit
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -74,92 +68,92 @@ from common import Process
 
 def get_parser() -> argparse.ArgumentParser:
     """All flags; the defaults are the paper's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_no = argparse.BooleanOptionalAction
+    parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of images, at any depth; tp: one folder per location")
-    add("--img_size", type=int, default=224, help="side of the global crops; local ones scale with it")
-    add("--mean", type=float, nargs=3, default=common.IMAGENET_MEAN, help="of RGB in [0, 1]")
-    add("--std", type=float, nargs=3, default=common.IMAGENET_STD, help="of RGB in [0, 1]")
+    add("--img_size", type=positive(int), default=224, help="side of the global crops; local ones scale "
+        "with it")
+    add("--mean", type=finite(float), nargs=3, default=common.IMAGENET_MEAN, help="of RGB in [0, 1]")
+    add("--std", type=positive(float), nargs=3, default=common.IMAGENET_STD, help="of RGB in [0, 1]")
     add("--one_date_per_location", action=yes_no, default=False,
         help="mc, dino: a folder is a place; an epoch takes one of its images, drawn anew")
-    add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
+    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
+        "most 16")
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="vit_small_patch16_224", help="any timm model with pooled features, such as "
         "vit_small_patch8_224, resnet50, wide_resnet50_2, swin_tiny_patch4_window7_224")
-    add("--patch_size", type=int, help="of a ViT; none: the arch's own; smaller for small images")
-    add("--drop_path", type=float, default=0.1, help="stochastic depth of the student; 0 for short runs")
+    add("--patch_size", type=positive(int), help="of a ViT; default: the arch's own; we recommend "
+        "a smaller one for small images")
+    add("--drop_path", type=unit(float), default=0.1, help="stochastic depth of the student; we recommend 0 "
+        "for short runs")
     add("--init", help="start the backbone from an output folder, a checkpoint, a state dict, or timm's "
         "pretrained weights by name")
-    add("--checkpoint_key", help="which network of a checkpoint --init takes; none: the one its run exports")
+    add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
+        "exports")
     add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
 
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["mc", "dino", "tp"], default="mc", help="mc: local crops of many sizes; dino: of "
         "one size, the baseline; tp: global crops from different dates")
-    add("--out_dim", type=int, default=65536, help="K; fewer, such as 4096, for small data")
-    add("--norm_last_layer", action=yes_no, default=True, help="keep the prototypes' gain at 1; without it "
+    add("--out_dim", type=positive(int), default=65536, help="K; we recommend fewer, such as 4096, for small "
+        "data")
+    add("--norm_last_layer", action=yes_no, default=True, help="keep the prototypes' gain at 1; without, "
         "training may be better, or unstable")
     add("--use_bn_in_head", action=yes_no, default=False, help="BatchNorm in the head; helps short runs")
-    add("--momentum_teacher", type=float, default=0.996, help="start of its cosine to 1; .98 for short runs")
-    add("--student_temp", type=float, default=0.1, help="tau_s; seldom changed")
-    add("--teacher_temp", type=float, default=0.04, help="tau_t after its warm-up; lower if the loss stays "
-        "at ln K, unstable above .07")
-    add("--warmup_teacher_temp", type=float, default=0.04, help="tau_t at the start; lower if unstable")
-    add("--warmup_teacher_temp_epochs", type=int, default=0, help="its length; 30 for long runs")
-    add("--freeze_last_layer", type=int, default=1, help="epochs without gradient for the prototypes; more "
-        "if the loss does not fall at the start, 0 where there is one epoch")
-    add("--global_crops_scale", type=float, nargs=2, default=(0.32, 1.0), help="area share; more: easier")
-    add("--local_crops_scale", type=float, nargs=2, default=(0.05, 0.32), help="area share; more: easier")
-    add("--local_crops_number", type=int, default=6, help="fewer save time; mc, tp: the smallest stay")
-    add("--local_crops_size", type=int, nargs="+", help="sides in pixels, one for all or one each; none: 184 "
-        "164 144 124 104 84 in mc and tp, 96 in dino, in proportion to --img_size / 224")
+    add("--momentum_teacher", type=unit(float), default=0.996, help="start of its cosine to 1; we recommend "
+        ".98 for short runs")
+    add("--student_temp", type=positive(float), default=0.1, help="tau_s; seldom changed")
+    add("--teacher_temp", type=positive(float), default=0.04, help="tau_t after its warm-up; we recommend a "
+        "lower one if the loss stays at ln K; above .07 training is unstable")
+    add("--warmup_teacher_temp", type=positive(float), default=0.04, help="tau_t at the start; lower if "
+        "unstable")
+    add("--warmup_teacher_temp_epochs", type=not_negative(int), default=0, help="its length; we recommend 30 "
+        "for long runs")
+    add("--freeze_last_layer", type=not_negative(int), default=1, help="epochs without gradient for the "
+        "prototypes. We recommend more if the loss does not fall at the start, 0 where there is one epoch")
+    add("--global_crops_scale", type=positive(float), nargs=2, default=(0.32, 1.0), help="share of the area; "
+        "the higher, the easier")
+    add("--local_crops_scale", type=positive(float), nargs=2, default=(0.05, 0.32), help="share of the area; "
+        "the higher, the easier")
+    add("--local_crops_number", type=not_negative(int), default=6, help="fewer save time; mc, tp: the "
+        "smallest stay")
+    add("--local_crops_size", type=positive(int), nargs="+", help="sides in pixels, one for all or one each; "
+        "default: 184 164 144 124 104 84 in mc and tp, 96 in dino, in proportion to --img_size / 224")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=300, help="length of all schedules; small data needs more")
-    add("--batch_size_per_gpu", type=int, default=64, help="images per process and micro-batch")
-    add("--accum_steps", type=int, default=1, help="micro-batches per optimizer step, where memory is small")
-    add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw", help="sgd, lars: for ResNets")
-    add("--lr", type=float, default=5e-4, help="at an effective batch of 256; scaled linearly to the actual")
-    add("--min_lr", type=float, default=1e-6, help="at the end of its cosine; not scaled")
-    add("--warmup_epochs", type=float, default=10, help="of the learning rate; less for short runs")
-    add("--weight_decay", type=float, default=0.04, help="at the start, not on biases and norms; "
-        "with sgd 1e-4, and to its end")
-    add("--weight_decay_end", type=float, default=0.4, help="at the end of its cosine")
-    add("--clip_grad", type=float, default=3.0, help="greatest norm of each tensor's gradient; 0: off")
+    add("--epochs", type=positive(int), default=300, help="length of all schedules; small data needs more")
+    add("--batch_size_per_gpu", type=positive(int), default=64, help="images per process and micro-batch")
+    add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step, where memory "
+        "is small")
+    add("--optimizer", choices=["adamw", "sgd", "lars"], default="adamw", help="we recommend sgd or lars for "
+        "ResNets")
+    add("--lr", type=positive(float), default=5e-4, help="at an effective batch of 256, scaled linearly")
+    add("--min_lr", type=not_negative(float), default=1e-6, help="at the end of its cosine; not scaled")
+    add("--warmup_epochs", type=not_negative(float), help="of the learning rate; default: 10, at most a "
+        "tenth of --epochs")
+    add("--weight_decay", type=not_negative(float), default=0.04, help="at the start, not on biases and "
+        "norms; we recommend 1e-4 with sgd, to its end")
+    add("--weight_decay_end", type=not_negative(float), default=0.4, help="at the end of its cosine")
+    add("--clip_grad", type=not_negative(float), default=3.0, help="greatest norm of each tensor's gradient; "
+        "0: off")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", required=True, help="where all is written; a run found there goes on")
-    add("--seed", type=int, default=0, help="of weights, order, crops and colour")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="auto", help="auto: bf16 on GPUs with it")
-    add("--compile", action=yes_no, default=False, help="torch.compile the backbones; pays on long runs")
-    add("--save_every", type=int, default=1, help="epochs between checkpoints; more where epochs are short")
-    add("--save_minutes", type=float, default=15, help="and the longest time between them")
-    add("--log_every", type=int, default=20, help="steps between lines of the log")
-    add("--max_steps", type=int, help="stop after this many optimizer steps; schedules keep to --epochs")
+    common.add_run_flags(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses values out of range and pairs that contradict each other, before any work."""
-    positive = ("img_size patch_size out_dim student_temp teacher_temp warmup_teacher_temp epochs "
-                "batch_size_per_gpu accum_steps lr save_every log_every max_steps std")
-    not_negative = ("num_workers warmup_teacher_temp_epochs freeze_last_layer local_crops_number min_lr "
-                    "warmup_epochs weight_decay weight_decay_end clip_grad save_minutes seed")
-    common.check_range(args, positive.split(), not_negative.split(),
-                       unit=["momentum_teacher", "drop_path"], finite=["mean"])
+    """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
+    args.warmup_epochs = common.default_warmup(args.warmup_epochs, 10, args.epochs)
     if args.warmup_epochs >= args.epochs:
-        common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
+        common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
     if args.warmup_teacher_temp_epochs > args.epochs:
         common.fail(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}: must not be more than "
                     f"--epochs {args.epochs}; 0 for short runs")
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
-        if not 0 < low <= high <= 1:
+        if not low <= high <= 1:
             common.fail(f"--{name} {low} {high}: must be 0 < low <= high <= 1")
     if args.local_crops_size and len(args.local_crops_size) not in (1, args.local_crops_number):
         common.fail(f"--local_crops_size {' '.join(map(str, args.local_crops_size))}: one side, or "
@@ -275,15 +269,14 @@ class ViewDataset(torch.utils.data.Dataset):
         return crop.flip(-1) if torch.rand(()) < view.p_flip else crop
 
 
-def color_views(crops: list[Tensor], views: list[View], mean: Sequence[float], std: Sequence[float],
+def color_views(crops: list[Tensor], views: list[View], args: argparse.Namespace,
                 generator: torch.Generator) -> list[Tensor]:
     """Colour, blur, solarize and normalise on the crops' device; every sample has its own draws.
 
     Args:
         crops: V tensors uint8 B x 3 x size x size.
         views: their V recipes.
-        mean: of RGB in [0, 1].
-        std: of RGB in [0, 1].
+        args: mean and std.
         generator: on the CPU.
 
     Returns:
@@ -310,8 +303,14 @@ def color_views(crops: list[Tensor], views: list[View], mean: Sequence[float], s
         x = common.gaussian_blur(x, common.bernoulli(p, generator), sigma)
         p = per_sample(view.p_solarize for view in views_of_group)
         x = common.solarize(x, common.bernoulli(p, generator))
-        groups.append(common.normalize(x, mean, std))
+        groups.append(common.normalize(x, args.mean, args.std))
     return groups
+
+
+def draw_views(run: common.Run, groups: list[Tensor], B: int) -> None:
+    """Writes views.png: a row for each of up to 8 images, all its views as the network sees them."""
+    views = [view[:8] for group in groups for view in group.split(B)]  # V times 8 x 3 x s x s
+    run.draw("views.png", list(zip(*views, strict=True)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -423,11 +422,6 @@ class DINOLoss(nn.Module):
         self.center.lerp_(batch_mean, 0.1)
 
 
-# --------------------------------------------------------------------------------------------------
-# One epoch
-# --------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def health(teacher_out: Tensor, center: Tensor, teacher_temp: float) -> dict[str, float]:
     """Figures of the teacher that tell learning from collapse.
@@ -455,108 +449,8 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
     torch._foreach_mul_(grads, scales)
 
 
-def teacher_temp_at(epoch: int, warmup: float, final: float, warmup_epochs: int) -> float:
-    """tau_t: linear from `warmup` to `final` over the warm-up epochs, then constant."""
-    return warmup + (final - warmup) * min(1.0, epoch / warmup_epochs) if warmup_epochs else final
-
-
-def train_one_epoch(epoch: int, steps: range, batches: Iterator, student: nn.Module, teacher: Network,
-                    dino_loss: DINOLoss, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                    schedule: Callable[[int], dict[str, float]], views: list[View], args: argparse.Namespace,
-                    process: Process, meter: common.Meter,
-                    after_step: Callable[[int, dict, Callable], bool]) -> bool:
-    """Trains the optimizer steps `steps` of one epoch; returns True as soon as the run is to stop.
-
-    Args:
-        epoch: counted from 0.
-        steps: counted from the start of the run.
-        batches: yields V crops and messages about unreadable images.
-        student: a Network, in DistributedDataParallel or not.
-        teacher: the student's moving average.
-        dino_loss: holds the centre.
-        optimizer: two parameter groups, with and without weight decay.
-        scaler: for fp16; else it does nothing.
-        schedule: step -> lr, weight_decay, momentum.
-        views: recipes of the V crops.
-        args: the flags.
-        process: this one.
-        meter: collects what the log shows.
-        after_step: after_step(steps done, values, compute_health) logs and saves when due, and says whether
-            to stop; compute_health() gives the figures of `health`.
-    """
-    T = sum(view.for_teacher for view in views)
-    network = student.module if isinstance(student, DistributedDataParallel) else student
-    autocast = common.autocast(args.amp, process.device)
-    teacher_temp = teacher_temp_at(epoch, args.warmup_teacher_temp, args.teacher_temp,
-                                   args.warmup_teacher_temp_epochs)
-
-    for step in steps:
-        now = schedule(step)
-        for group, weight_decay in zip(optimizer.param_groups, (now["weight_decay"], 0.0), strict=True):
-            group["lr"], group["weight_decay"] = now["lr"], weight_decay
-        generator = torch.Generator().manual_seed(common.stream_seed(args.seed, "colour", step, process.rank))
-        teacher_mean, figures = torch.zeros_like(dino_loss.center), []
-
-        for micro in range(args.accum_steps):
-            crops = [crop.to(process.device, non_blocking=True) for crop in meter.fetch(batches)]
-            # Drop path draws from torch's own generator: seeded, so that a run which goes on draws the same.
-            torch.manual_seed(common.stream_seed(args.seed, "drop path", step, micro, process.rank))
-            V, B = len(crops), len(crops[0])
-            groups = color_views(crops, views, args.mean, args.std, generator)
-            if process.is_main and step == 0 and micro == 0:
-                save_views(groups, B, args)
-            with torch.no_grad(), autocast:
-                teacher_out = teacher(groups[:1])[0].view(T, B, -1)  # T x B x K, on the global views
-
-            # Processes exchange gradients with the last micro-batch only.
-            waits = micro < args.accum_steps - 1 and student is not network
-            with student.no_sync() if waits else nullcontext():
-                with autocast:
-                    student_out, features = student(groups)  # V*B x K, V*B x D
-                loss = dino_loss(student_out.view(V, B, -1), teacher_out, teacher_temp)
-                scaler.scale(loss / args.accum_steps).backward()
-            teacher_mean += teacher_out.float().mean((0, 1)) / args.accum_steps
-            figures.append({"loss": loss.detach(),
-                            "feature_std": common.feature_std(features[: T * B].detach())})
-
-        # Student: each tensor's gradient is clipped, the prototypes rest during the first epochs.
-        scaler.unscale_(optimizer)
-        grad_norm = common.grad_norm(network, scaler)
-        if args.clip_grad:
-            clip_gradients(network.parameters(), args.clip_grad)
-        if epoch < args.freeze_last_layer:
-            for parameter in network.head.last_layer.parameters():
-                parameter.grad = None
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-
-        # Centre: over all processes, after the loss has used the old one. Teacher: after the optimizer step.
-        center = dino_loss.center.clone()
-        if process.world_size > 1:
-            dist.all_reduce(teacher_mean)
-            teacher_mean /= process.world_size
-        dino_loss.update_center(teacher_mean)
-        common.update_ema(network, teacher, now["momentum"])
-
-        terms = {name: torch.stack([part[name] for part in figures]).mean(0) for name in figures[0]}
-        meter.end_step({**terms, "grad_norm": grad_norm})
-        # Health, of the last micro-batch in the main process, is for log steps only: it waits for the GPU.
-        compute_health = partial(health, teacher_out, center, teacher_temp)
-        if after_step(step + 1, {**now, "teacher_temp": teacher_temp}, compute_health):
-            return True
-    return False
-
-
-def save_views(groups: list[Tensor], B: int, args: argparse.Namespace) -> None:
-    """Draws a row for each of up to 8 images: all its views as the network sees them."""
-    views = [view[:8] for group in groups for view in group.split(B)]  # V times 8 x 3 x s x s
-    rows = list(zip(*views, strict=True))
-    common.save_grid(Path(args.output_dir) / "views.png", rows, args.mean, args.std)
-
-
 # --------------------------------------------------------------------------------------------------
-# Main
+# Training
 # --------------------------------------------------------------------------------------------------
 
 
@@ -602,133 +496,104 @@ def build_networks(args: argparse.Namespace) -> tuple[Network, Network, list[Vie
     return Network(backbone, head, multiple), teacher, views
 
 
-def main() -> None:
-    """Sets everything up, resumes what was begun, trains, and writes."""
-    parser = get_parser()
-    parser.error = common.fail
-    args = parser.parse_args()
-    check_args(args)
-    process = common.init_process(args.device)
-    common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
-    out = common.make_output_dir(args.output_dir, process)
+def process_mean(x: Tensor, process: Process) -> Tensor:
+    """Mean over all processes, in place; without gradient."""
+    if process.world_size > 1:
+        dist.all_reduce(x)
+        x /= process.world_size
+    return x
 
+
+def teacher_temp_at(epoch: int, warmup: float, final: float, warmup_epochs: int) -> float:
+    """tau_t: linear from `warmup` to `final` over the warm-up epochs, then constant."""
+    return warmup + (final - warmup) * min(1.0, epoch / warmup_epochs) if warmup_epochs else final
+
+
+def train(args: argparse.Namespace, process: Process) -> None:
+    """Trains the student; writes checkpoints, the teacher's backbone, log and pictures to --output_dir."""
     # Data
-    paths = common.list_images(args.data_path, exclude=out)
+    paths = common.list_images(args.data_path, exclude=args.output_dir)
     common.check_images(paths, args.img_size)
     locations = group_locations(paths, args.mode, args.one_date_per_location, args.data_path)
-    effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
-    steps_per_epoch = len(locations) // effective_batch
-    if not steps_per_epoch:
-        common.fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
-                    f"{effective_batch}, is larger than the data, {len(locations)} images or locations")
-    total_steps = args.epochs * steps_per_epoch
-    end_step = min(total_steps, args.max_steps or total_steps)
+    run = common.Run(args, process, samples=len(locations), images=len(paths))
 
-    # Networks and state: resumed, or started, and then the teacher starts as the student
-    network, teacher, views = build_networks(args)
+    # Networks: resumed, or started, and then the teacher starts as the student
+    student, teacher, views = build_networks(args)
+    T, V = sum(view.for_teacher for view in views), len(views)
     dino_loss = DINOLoss(args.out_dim, args.student_temp).to(process.device)
-    identity = {"args": common.plain(args), "images": len(paths), "samples": len(locations),
-                "effective_batch": effective_batch}
-    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, common.FREE_FLAGS)
-    init = common.init_backbone(network.backbone, args, saved)
-    teacher.load_state_dict(network.state_dict())
-    for model in (network, teacher):
-        model.to(process.device)
-        if process.device.type == "cuda" and not hasattr(model.backbone, "patch_embed"):
-            model.to(memory_format=torch.channels_last)
+    init = common.init_backbone(student.backbone, args, run.saved)
+    teacher.load_state_dict(student.state_dict())
+    student, teacher = (common.to_device(network, process.device) for network in (student, teacher))
     if process.world_size > 1 and process.device.type == "cuda":
-        network, teacher = (timm.layers.convert_sync_batchnorm(model) for model in (network, teacher))
-    fused = {"fused": True} if args.optimizer == "adamw" else {}  # one kernel for all tensors
-    optimizer = timm.optim.create_optimizer_v2(
-        common.param_groups(network), lr=args.lr, weight_decay=args.weight_decay, momentum=0.9,
-        opt="momentum" if args.optimizer == "sgd" else args.optimizer,  # timm's "sgd" would be Nesterov's
-        **fused)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
-    stateful = {"student": network, "teacher": teacher, "dino_loss": dino_loss, "optimizer": optimizer,
-                "scaler": scaler}
-    start_step = saved["step"] if saved else 0
-    common.check_alike(process, images=len(paths), samples=len(locations), start_step=start_step)
-    end_step = max(start_step, end_step)  # a run that is further already has nothing to do
-    for name, part in stateful.items():
-        if saved and saved[name]:  # the scaler has no state without fp16
-            part.load_state_dict(saved[name])
-    del saved
+        student, teacher = (timm.layers.convert_sync_batchnorm(network) for network in (student, teacher))
+    optimizer, scaler = common.build_optimizer(student, args), run.scaler
+    run.restore(teacher.backbone, student=student, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer)
     if args.compile:
-        for model in (network, teacher):
-            model.backbone.compile()  # the rest loops over sizes
-    student = network
-    if process.world_size > 1:
-        device_ids = [process.device.index] if process.device.type == "cuda" else None
-        student = DistributedDataParallel(network, device_ids=device_ids)
+        student.backbone.compile()  # the rest loops over sizes
+        teacher.backbone.compile()
+    ddp_student = common.distributed(student, process)
 
-    dataset = ViewDataset(locations, views, args.seed)
-    sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
-                                 start_step, end_step)
-    loader = common.build_loader(dataset, sampler, args.num_workers, process.device)
-    lr = args.lr * effective_batch / 256
+    loader = run.loader(ViewDataset(locations, views, args.seed))
+    lr, warmup_steps = args.lr * run.effective_batch / 256, round(args.warmup_epochs * run.steps_per_epoch)
+    advice = ("Try a lower --teacher_temp or --lr, more --warmup_epochs or --warmup_teacher_temp_epochs, or "
+              "--use_bn_in_head")
+    for step in run.steps(loader, init, {"kl": 0.02, "feature_std": 0.05}, advice, scaled_lr=lr,
+                          views=[view.size for view in views], chance_loss=math.log(args.out_dim)):
+        epoch = step // run.steps_per_epoch
+        now = {"lr": common.cosine_schedule(lr, args.min_lr, step, run.total_steps, warmup_steps),
+               "weight_decay": common.cosine_schedule(args.weight_decay, args.weight_decay_end, step,
+                                                      run.total_steps),
+               "momentum": common.cosine_schedule(args.momentum_teacher, 1.0, step, run.total_steps),
+               "teacher_temp": teacher_temp_at(epoch, args.warmup_teacher_temp, args.teacher_temp,
+                                               args.warmup_teacher_temp_epochs)}
+        common.set_lr(optimizer, now["lr"])
+        optimizer.param_groups[0]["weight_decay"] = now["weight_decay"]  # the other group has none
+        colour = common.generator(args.seed, "colour", step, process.rank)
+        teacher_mean, terms = torch.zeros_like(dino_loss.center), []
 
-    def schedule(step: int) -> dict[str, float]:
-        cosine = partial(common.cosine_schedule, step=step, total_steps=total_steps)
-        return {"lr": cosine(lr, args.min_lr, warmup_steps=round(args.warmup_epochs * steps_per_epoch)),
-                "weight_decay": cosine(args.weight_decay, args.weight_decay_end),
-                "momentum": cosine(args.momentum_teacher, 1.0)}
+        for micro in range(args.accum_steps):
+            crops = run.fetch()  # V times B x 3 x size x size
+            B = len(crops[0])
+            # Drop path draws from torch's own generator: seeded, so that a resumed run draws the same.
+            torch.manual_seed(common.stream_seed(args.seed, "drop path", step, micro, process.rank))
+            groups = color_views(crops, views, args, colour)
+            if step == micro == 0:
+                draw_views(run, groups, B)
+            with torch.no_grad(), run.autocast:
+                teacher_out = teacher(groups[:1])[0].view(T, B, -1)  # T x B x K, of the global views alone
+            with common.accumulating(ddp_student, micro, args.accum_steps):
+                with run.autocast:
+                    student_out, features = ddp_student(groups)  # V*B x K, V*B x D
+                loss = dino_loss(student_out.view(V, B, -1), teacher_out, now["teacher_temp"])
+                scaler.scale(loss / args.accum_steps).backward()
+            teacher_mean += teacher_out.float().mean((0, 1)) / args.accum_steps
+            terms.append({"loss": loss.detach(),
+                          "feature_std": common.feature_std(features[: T * B].detach())})
 
-    versions = common.versions()
-    header = {"argv": sys.argv, "versions": versions, "init": init,
-              "device": common.device_name(process.device),
-              "processes": process.world_size, "images": len(paths), "samples": len(locations),
-              "effective_batch": effective_batch, "scaled_lr": lr, "steps_per_epoch": steps_per_epoch,
-              "steps": total_steps, "from_step": start_step, "to_step": end_step,
-              "views": [view.size for view in views], "chance_loss": math.log(args.out_dim)}
-    if process.is_main:
-        print(init)
-        derived = {name: value for name, value in header.items() if name not in ("argv", "versions", "init")}
-        print("  ".join(f"{name} {value}" for name, value in derived.items()))
-    # One image has no spread.
-    floors = {"kl": 0.02, "feature_std": 0.05} if args.batch_size_per_gpu > 1 else {}
-    log = common.RunLog(out, process, end_step, start_step, header, floors,
-                        advice="Try a lower --teacher_temp or --lr, more --warmup_epochs or "
-                               "--warmup_teacher_temp_epochs, or --use_bn_in_head")
-    meter, stop, saved_at = common.Meter(process, len(paths)), common.StopSignal(), time.monotonic()
+        # Student: each tensor's gradient is clipped; the prototypes rest during the first epochs.
+        grad_norm = common.grad_norm(optimizer, scaler)
+        if args.clip_grad:
+            clip_gradients(student.parameters(), args.clip_grad)
+        if epoch < args.freeze_last_layer:
+            for parameter in student.head.last_layer.parameters():
+                parameter.grad = None
+        common.optimizer_step(optimizer, scaler)
+        # Teacher: after the optimizer step. Centre: after the loss has used the old one.
+        common.update_ema(student, teacher, now["momentum"])
+        figures = {}
+        if run.is_due(step):  # of the last micro-batch alone: reading them waits for the GPU
+            figures = health(teacher_out, dino_loss.center, now["teacher_temp"])
+        dino_loss.update_center(process_mean(teacher_mean, process))
+        run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, **figures, **now)
 
-    def save(step: int) -> None:
-        nonlocal saved_at
-        if process.is_main:
-            state = {name: part.state_dict() for name, part in stateful.items()}
-            state |= {**identity, "step": step, "epoch": step // steps_per_epoch, "versions": versions}
-            common.export_backbone(teacher.backbone, out / "backbone", args.img_size, args.mean, args.std)
-            common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
-        saved_at = time.monotonic()
 
-    def after_step(step: int, values: dict, compute_health: Callable[[], dict]) -> bool:
-        overdue = time.monotonic() - saved_at > 60 * args.save_minutes
-        stopping, overdue = common.agree(process, stop.seen, overdue)
-        epochs, rest = divmod(step, steps_per_epoch)
-        saving = stopping or overdue or step == end_step or (rest == 0 and epochs % args.save_every == 0)
-        if saving or step % args.log_every == 0:
-            terms = meter.summary(step, effective_batch)
-            health_figures = compute_health() if process.is_main else {}
-            log.write(step, {"epoch": epochs, **terms, **health_figures, **values})
-        if saving:
-            save(step)
-            meter.restart()
-        log.advance()
-        return stopping and step < end_step
-
-    batches, stopped = iter(loader), False
-    for epoch in range(start_step // steps_per_epoch, math.ceil(end_step / steps_per_epoch)):
-        steps = range(max(start_step, epoch * steps_per_epoch), min(end_step, (epoch + 1) * steps_per_epoch))
-        stopped = train_one_epoch(epoch, steps, batches, student, teacher, dino_loss, optimizer, scaler,
-                                  schedule, views, args, process, meter, after_step)
-        if stopped:
-            break
-    del batches  # ends the workers
-    log.close()
-    if process.is_main:
-        print(f"stopped by a signal after a checkpoint; the same command goes on: {out}" if stopped else
-              f"{end_step} steps done. Judge it: python eval_knn.py --data_path LABELLED --weights {out}")
-    if process.world_size > 1:
-        dist.destroy_process_group()
+def main() -> None:
+    """Parses and checks the flags, joins the processes, trains."""
+    args = get_parser().parse_args()
+    check_args(args)
+    process = common.init_process(args.device)
+    train(args, process)
+    process.leave()
 
 
 if __name__ == "__main__":

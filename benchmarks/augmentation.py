@@ -25,6 +25,7 @@ from benchmarks.timing import compare
 from demo.scenes import write_dataset
 
 MEAN, STD = common.IMAGENET_MEAN, common.IMAGENET_STD
+NORMALISATION = argparse.Namespace(mean=MEAN, std=STD)
 VIEWS = dino_mc.make_views("mc", 224, dino_mc.MC_SIZES, (0.32, 1.0), (0.05, 0.32))
 
 
@@ -111,7 +112,7 @@ def main() -> None:
         def whole() -> None:
             samples = [dataset[0, i] for i in range(B)]
             crops = [torch.stack(crops) for crops in zip(*samples, strict=True)]
-            dino_mc.color_views(crops, VIEWS, MEAN, STD, generator)
+            dino_mc.color_views(crops, VIEWS, NORMALISATION, generator)
 
         compare(f"worker, {B} images", worker, usual, rounds=15)
         compare(f"whole augmentation, {B} images", whole, usual, rounds=15)

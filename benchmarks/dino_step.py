@@ -42,7 +42,8 @@ def main() -> None:
     torch.manual_seed(0)
     views = dino_mc.make_views("mc", 224, dino_mc.MC_SIZES, (0.32, 1.0), (0.05, 0.32))
     crops = [torch.randint(256, (B, 3, view.size, view.size), dtype=torch.uint8) for view in views]
-    groups = dino_mc.color_views(crops, views, common.IMAGENET_MEAN, common.IMAGENET_STD, torch.Generator())
+    normalisation = argparse.Namespace(mean=common.IMAGENET_MEAN, std=common.IMAGENET_STD)
+    groups = dino_mc.color_views(crops, views, normalisation, torch.Generator())
     backbone = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True)
     start = dino_mc.Network(backbone, dino_mc.DINOHead(384, K), 16)
     dino_loss, center = dino_mc.DINOLoss(K), torch.zeros(K)

@@ -15,7 +15,6 @@ import argparse
 import gc
 import itertools
 import json
-import signal
 import statistics
 import sys
 import tempfile
@@ -77,7 +76,6 @@ def measure(script: object, flags: list[str], batch: int, loader: Callable = bui
     steps = 8 * interval
     common.build_loader = loader
     torch.cuda.reset_peak_memory_stats()
-    handlers = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
     with tempfile.TemporaryDirectory() as out:
         run = {"output_dir": out, "batch_size_per_gpu": batch, "max_steps": steps, "log_every": interval,
                "save_every": 10**6, "save_minutes": 10**6}  # nothing is written before the end
@@ -88,8 +86,6 @@ def measure(script: object, flags: list[str], batch: int, loader: Callable = bui
         except torch.cuda.OutOfMemoryError:
             return None
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             gc.collect()
             torch.compiler.reset()
             torch.cuda.empty_cache()

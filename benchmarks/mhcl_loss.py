@@ -46,7 +46,9 @@ def plain_loss(loss: mhcl.MHCLLoss, q: Tensor, k: Tensor, hard: tuple[Tensor, Te
 
 def our_loss(loss: mhcl.MHCLLoss, q: Tensor, k: Tensor, hard: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """The script's, with its figures for the log."""
-    return loss(q, k, hard)[0]
+    value, _, parts = loss(q, k, hard)
+    mhcl.log_figures(q, k, q[:, -1].detach(), parts, loss.moco_t)
+    return value
 
 
 SIDES = {"plain": plain_loss, "mhcl.py": our_loss}
@@ -57,7 +59,8 @@ def setup(args: argparse.Namespace) -> tuple:
     torch.manual_seed(0)
     loss = mhcl.MHCLLoss(WEIGHTS, 128, args.moco_k, 0.2)
     q, k = (F.normalize(torch.randn(args.batch, 4, 128), dim=-1) for _ in range(2))
-    return loss, q.requires_grad_(), k, mhcl.draw_hard(0, 1.0, 0.1, 4, args.moco_k)
+    hard = argparse.Namespace(seed=0, a=1.0, b=0.1, moco_k=args.moco_k)
+    return loss, q.requires_grad_(), k, mhcl.draw_hard(hard, 0, S=4)
 
 
 def step(side: str, loss: mhcl.MHCLLoss, q: Tensor, k: Tensor, hard: tuple) -> tuple[Tensor, Tensor]:
