@@ -13,7 +13,6 @@ import contextlib
 import copy
 import difflib
 import errno
-import gc
 import hashlib
 import itertools
 import json
@@ -187,7 +186,6 @@ def init_process(device: str) -> Process:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world_size)
         cpu_group = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
-        atexit.register(_end_groups, [dist.group.WORLD, cpu_group])
     return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), cpu_group)
 
 
@@ -208,14 +206,6 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
             store.set(f"name/{other}/{store.add(f'arrivals/{other}', 0)}", name)
         time.sleep(0.05)
     return dist.PrefixStore(name, store)
-
-
-def _end_groups(groups: list[dist.ProcessGroup]) -> None:
-    # Threads of gloo take Python's lock to free tensors; one that asks for it while Python ends aborts the
-    # process. They end with their group, which DDP keeps in reference cycles until a collection. The last
-    # reference must be ours: it is dropped without that lock, else thread and process wait for each other.
-    gc.collect()
-    groups.clear()
 
 
 def stream_seed(*parts: int | str) -> int:

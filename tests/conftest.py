@@ -177,7 +177,9 @@ def wait_for(process, log, step, seconds=60):
     for _ in range(50 * seconds):
         assert process.poll() is None, process.text() if hasattr(process, "text") else process.communicate()
         text = log.read_text() if log.exists() else ""
-        if any(line.get("step", 0) >= step for line in map(json.loads, text.splitlines()[: text.count("\n")])):
+        if any(
+            line.get("step", 0) >= step for line in map(json.loads, text.splitlines()[: text.count("\n")])
+        ):
             return
         time.sleep(0.02)
     raise AssertionError("no progress")

@@ -4,13 +4,11 @@ import argparse
 import importlib
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 import timm
 import torch
-from conftest import ROOT, SCRIPTS, TRAINING, assert_same, assert_same_state, launch, read_log, tiny
+from conftest import SCRIPTS, TRAINING, assert_same, assert_same_state, launch, read_log, tiny
 
 import common
 
@@ -69,8 +67,12 @@ MAY_BE_NEGATIVE = {"mean"}  # of pixels in decibels
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_numbers_out_of_range_are_refused_by_the_parser(capsys, script):
     """Each flag that takes numbers, with numbers that it cannot have and a word."""
-    required = [word for action in parser_of(script)._actions if action.required
-                for word in (action.option_strings[0], "x")]
+    required = [
+        word
+        for action in parser_of(script)._actions
+        if action.required
+        for word in (action.option_strings[0], "x")
+    ]
     tried = 0
     for action in parser_of(script)._actions:
         if action.choices or isinstance(example(action)[1], str) or not action.type:
@@ -83,14 +85,16 @@ def test_numbers_out_of_range_are_refused_by_the_parser(capsys, script):
             with pytest.raises(SystemExit) as stop:
                 parser_of(script).parse_args([*required, flag, *[value] * count])
             error = capsys.readouterr().err
-            assert stop.value.code == 2 and re.fullmatch(rf"error: {flag} {value}: must be .+\n", error), error
+            assert stop.value.code == 2 and re.fullmatch(rf"error: {flag} {value}: must be .+\n", error), (
+                error
+            )
     assert tried >= 12
 
 
 # ------------------------------------------------------------------ one tiny run of each
 
 
-PICTURES = {"cmid": ["reconstruction.png", "views.png"], "dspt_mae": ["reconstruction.png"]}
+PICTURES = {"cmid": ["reconstruction.png", "views.png"], "dspt_mae": ["reconstruction.png", "views.png"]}
 PICTURES |= {"dino_mc": ["views.png"], "mhcl": ["views.png"], "eval_linear": []}
 
 
@@ -110,7 +114,9 @@ def test_script_trains_resumes_and_exports(run, scenes, tmp_path, script):
     assert sorted(path.name for path in (tmp_path / "a").glob("*.png")) == PICTURES[script]
     if script != "eval_linear":  # exported after the last of all steps
         folder = tmp_path / "a"
-        exported = timm.create_model(f"local-dir:{folder}/backbone", pretrained=True, num_classes=0).state_dict()
+        exported = timm.create_model(
+            f"local-dir:{folder}/backbone", pretrained=True, num_classes=0
+        ).state_dict()
         state, _ = common.read_weights(str(folder / "checkpoint.pth"))
         assert_same({name: state[name] for name in exported}, dict(exported))
 
@@ -155,7 +161,7 @@ BAD_METHOD = {
         (["--global_crops_scale", "0.5", "0.2"], "0.5 0.2: must be 0 < low <= high <= 1"),
         (["--mode", "tp", "--one_date_per_location"], "--one_date_per_location: only with --mode mc or dino"),
         (["--mode", "tp", "--data_path", "SINGLE"], "every folder has one image"),
-        (["--mode", "cm"], "argument --mode: invalid choice: 'cm'"),
+        (["--mode", "cm"], "error: --mode: invalid choice: 'cm'"),
         (["--mode", "tp", "--data_path", "FLAT"], "all images are in one folder"),
         (["--patch_size", "16"], "--img_size 32: its smallest local crop is under the patch, 16"),
         (
@@ -177,7 +183,7 @@ BAD_METHOD = {
         (["--schedule", "1"], "--schedule 1: only with --no-cos"),
     ],
     "cmid": [
-        (["--warmup_teacher_temp_epochs", "50"], "50: must not be more than --epochs 3; 0 for short runs"),
+        (["--warmup_teacher_temp_epochs", "50"], "50: must be at most --epochs 3"),
         (["--img_size", "48"], "--img_size 48: must be a multiple of the last map's stride, 32"),
         (["--mask_patch_size", "12"], "--img_size 32: must be a multiple of --mask_patch_size, 12"),
         (["--mask_patch_size", "2"], "--mask_patch_size 2: must be a multiple of 4, the stride at"),
@@ -185,14 +191,13 @@ BAD_METHOD = {
             ["--mask_stage", "3"],
             "--mask_patch_size 8: must be a multiple of 16, the stride at --mask_stage 3",
         ),
-        (["--mask_stage", "4"], "argument --mask_stage: invalid choice: 4"),
+        (["--mask_stage", "4"], "error: --mask_stage: invalid choice: 4"),
         (["--mask_ratio", "1"], "--mask_ratio 1.0: must mask some of the 16 blocks, not all"),
         (["--mask_ratio", "0"], "--mask_ratio 0.0: must mask some of the 16 blocks, not all"),
         (["--mask_patch_size", "32"], "must mask some of the 1 blocks, not all"),
         (["--arch", "resnetv2_50"], "--arch resnetv2_50: must be a ResNet, a Swin or a ConvNeXt"),
         (["--arch", "legacy_seresnet18"], "--arch legacy_seresnet18: must be a ResNet"),
         (["--num_matches", "2"], "--num_matches 2: the last map has 1 positions"),
-        (["--moco_k", "12"], "--moco_k 12: must be a multiple of twice the effective batch, 8, such as 8"),
         (["--loss_weights", "0", "0", "0"], "--loss_weights 0 0 0: leaves nothing"),
         (["--arch", "test_vit"], "--arch test_vit: must be a ResNet, a Swin or a ConvNeXt"),
         (["--arch", "efficientnet_b0"], "--arch efficientnet_b0: must be a ResNet"),
@@ -201,18 +206,17 @@ BAD_METHOD = {
         (["--img_size", "30"], "--img_size 30: must be a multiple of the patch, 8"),
         (["--img_size", "32", "36"], "--img_size 32 36: must be a multiple of the patch, 8"),
         (["--img_size", "32", "32", "32"], "--img_size 32 32 32: one side, or height and width"),
-        (["--mask_ratio", "1"], "--mask_ratio 1.0: must be above 0 and below 1"),
-        (["--mask_ratio", "0"], "--mask_ratio 0.0: must be above 0 and below 1"),
         (["--mask_ratio", "0.95"], "--mask_ratio 0.95: must keep some of the 16 patches, not all"),
         (["--decoder_dim", "30"], "--decoder_dim 30: must be a multiple of 4, and of --decoder_heads, 2"),
         (["--decoder_heads", "3"], "--decoder_dim 32: must be a multiple of 4, and of --decoder_heads, 3"),
-        (["--arch", "test_resnet"], "--arch test_resnet: must be a ViT with a class token"),
         (["--arch", "test_vit2"], "--arch test_vit2: must be a ViT with a class token"),
         (["--in_chans", "2"], "48 x 48 x 3 pixels, not H x W x 2"),
         (["--in_chans", "1"], "do not fit the images' 1 channels; measured on some: --mean 0."),
         (["--mean", "0.5"], "--mean 0.5: --mean and --std do not fit the images' 3 channels"),
     ],
 }
+
+
 @pytest.fixture(scope="session")
 def places(scenes, tmp_path_factory):
     """Folders and files that bad input refers to by name."""
@@ -250,7 +254,6 @@ BAD_EVALUATION = [
     (["--weights", "TEXT"], "no PyTorch file"),
     (["--weights", "resnet5o"], "no such file, output folder or timm model; close: resnet5"),
     (["--weights", "resnet18"], "timm could not load pretrained weights"),
-    (["--val_fraction", "1"], "--val_fraction 1.0: must be between 0 and 1"),
     (
         ["--weights", "random", "--arch", "test_vit", "--patch_size", "8", "--img_size", "30"],
         "no multiple of the patch, 8",
@@ -264,9 +267,8 @@ BAD_LINEAR = [
     (["--weights", "random"], "--weights random: give its --arch"),
     (["--weights", "TEXT"], "no PyTorch file"),
     (["--weights", "RESNET", "--arch", "test_resnet"], "another arch?"),
-    (["--val_fraction", "0"], "--val_fraction 0.0: must be between 0 and 1"),
     (["--layer_decay", "1.1"], "--layer_decay 1.1: must be above 0, at most 1"),
-    (["--schedule", "60", "100"], "--schedule 60 100: must be between 0 and --epochs 100"),
+    (["--schedule", "60", "100"], "--schedule 60 100: must be less than --epochs 100"),
     (["--protocol", "paper", "--augment_passes", "3"], "--protocol paper has new crops in each epoch"),
     (["--n_last_blocks", "2", "--weights", "random", "--arch", "test_resnet"], "no ViT with a class token"),
     (
@@ -275,16 +277,11 @@ BAD_LINEAR = [
     ),
     (["--drop_path", "0.1"], "--drop_path 0.1: only with --finetune"),
     (["--lr", "0.1"], "--lr 0.1: only with --finetune"),
-    (
-        ["--finetune", "--weights", "random", "--rand_augment", "11"],
-        "--rand_augment 11.0: must be at most 10",
-    ),
-    (["--finetune", "--weights", "random", "--erase", "2"], "--erase 2.0: must be between 0 and 1"),
     (["--finetune"], "--weights image_stats: has nothing to fine-tune"),
     (["--finetune", "--weights", "random", "image_stats"], "one at a time with --finetune and --predict"),
     (["--finetune", "--weights", "random", "--avgpool"], "--avgpool True: not with --finetune"),
     (
-        ["--finetune", "--weights", "random", "--epochs", "5"],
+        ["--finetune", "--weights", "random", "--arch", "test_vit", "--epochs", "5", "--warmup_epochs", "5"],
         "--warmup_epochs 5: must be less than --epochs 5",
     ),
     (
@@ -295,7 +292,9 @@ BAD_LINEAR = [
 
 
 # What all training scripts share stands once; what a method adds stands with it.
-BAD = [("mhcl", *bad) for bad in BAD_TRAINING] + [(name, *bad) for name in TRAINING for bad in BAD_METHOD[name]]
+BAD = [("mhcl", *bad) for bad in BAD_TRAINING] + [
+    (name, *bad) for name in TRAINING for bad in BAD_METHOD[name]
+]
 BAD += [("eval_knn", *bad) for bad in BAD_EVALUATION] + [("eval_linear", *bad) for bad in BAD_LINEAR]
 
 
@@ -305,7 +304,12 @@ def test_bad_input_is_one_line_before_any_work(
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
-    base = ["--output_dir", tmp_path / "out", "--data_path", scenes / "train" if script in TRAINING else scenes]
+    base = [
+        "--output_dir",
+        tmp_path / "out",
+        "--data_path",
+        scenes / "train" if script in TRAINING else scenes,
+    ]
     if script in TRAINING:
         base += tiny(script, "--warmup_epochs", 0)
     else:
@@ -352,25 +356,16 @@ def test_output_inside_the_data_is_no_data(run, scenes, tmp_path):
     assert torch.load(data / "out" / "checkpoint.pth", weights_only=True)["images"] == 30
 
 
-def test_scenes_are_repeatable_and_refuse_bad_counts(tmp_path):
+def test_scenes_are_repeatable_and_refuse_bad_counts(run, capsys, tmp_path):
     flags = "--train_per_class 1 --val_per_class 1 --locations 2 --dates 2 --image_size 32".split()
-    command = [sys.executable, str(ROOT / "demo" / "scenes.py")]
-    for name in ("a", "b"):
-        subprocess.run(
-            [*command, "--output_dir", str(tmp_path / name), *flags], check=True, capture_output=True
-        )
+    for name in "ab":
+        run("demo.scenes", "--output_dir", tmp_path / name, *flags)
     a, b = (
         {path.relative_to(root): path.read_bytes() for path in root.rglob("*.png")}
         for root in (tmp_path / "a", tmp_path / "b")
     )
     assert a == b and len(a) == 10 + 10 + 4 and len(set(a.values())) == len(a)
-    again = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "a"), *flags, "--seed", "1"], capture_output=True, text=True
-    )
-    assert again.returncode == 2 and "Traceback" not in again.stderr
-    bad = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "c"), "--train_per_class", "0"],
-        capture_output=True,
-        text=True,
-    )
-    assert bad.returncode == 2 and "Traceback" not in bad.stderr
+    for name, *more in (("a", *flags, "--seed", 1), ("c", "--train_per_class", 0)):
+        with pytest.raises(SystemExit) as stop:
+            run("demo.scenes", "--output_dir", tmp_path / name, *more)
+        assert stop.value.code == 2 and "error: " in capsys.readouterr().err

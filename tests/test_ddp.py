@@ -14,7 +14,7 @@ import common
 
 def draw_alike():
     """Every sample gets the same draws on the device, whatever its place in the batch and its process."""
-    rand = torch.rand
+    rand, randn = torch.rand, torch.randn
 
     def alike(*shape, generator=None, **more):
         shape = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
@@ -22,16 +22,25 @@ def draw_alike():
             return rand(shape, generator=generator, **more)
         return rand(shape[1:], generator=torch.Generator().manual_seed(0), **more).expand(shape).clone()
 
-    torch.rand = alike
+    def no_noise(*shape, generator=None, **more):
+        return randn(*shape, generator=generator, **more) * (generator is None)
+
+    torch.rand, torch.randn = alike, no_noise
     for name in ("color_jitter", "grayscale", "gaussian_blur", "solarize"):
         setattr(common, name, lambda images, *draws: images)
 
 
-# Nets without BatchNorm. CMID's frequency loss takes the mean spectrum of the own batch, so the other two remain.
-MORE = {"mhcl": ["--arch", "test_convnext"], "dino_mc": ["--drop_path", 0],
-        "cmid": ["--arch", "test_convnext", "--loss_weights", 0, 1, 1]}
+def moment(state):
+    return state["exp_avg" if "exp_avg" in state else "momentum_buffer"].flatten()
+
+
+# Nets without BatchNorm. CMID's frequency loss takes the mean spectrum of the own batch: two others remain.
+MORE = {
+    "mhcl": ["--arch", "test_convnext"],
+    "dino_mc": ["--drop_path", 0],
+    "cmid": ["--arch", "test_convnext", "--loss_weights", 0, 1, 1],
+}
 EQUAL = {  # figures that are the same for one process and for several
-    "toy": ["lr"],
     "dino_mc": ["loss"],
     "mhcl": ["loss", "top1", "positive", "negative", "cross_entropy"],
     "cmid": ["loss", "global", "local", "match_distance"],
@@ -48,22 +57,22 @@ def test_two_processes_that_stop_and_resume_equal_one_on_the_joint_batch(scenes,
     two = ["--output_dir", tmp_path / "2", "--batch_size_per_gpu", 2, "--accum_steps", 2]
     Start(tmp_path / "a", script, *flags, *one, prepare=(draw_alike,)).finish()
     for steps in (2, 3):
-        text = Start(tmp_path / "b", script, *flags, *two, "--max_steps", steps, processes=2,
-                     prepare=(draw_alike,)).finish()
+        text = Start(
+            tmp_path / "b", script, *flags, *two, "--max_steps", steps, processes=2, prepare=(draw_alike,)
+        ).finish()
         assert text.count(f"{steps} steps done") == 1
     a, b = (common.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in "12")
     # Moments are sums of gradients. Adam's steps are large where the gradient is near 0, hence the tiny rate.
-    moments = [[state[name] for state in saved["optimizer"]["state"].values()
-                for name in ("exp_avg", "momentum_buffer") if name in state] for saved in (a, b)]
-    assert len(moments[0]) == len(moments[1]) > 10
-    for x, y in zip(*moments, strict=True):
-        assert (x - y).norm() <= 2e-3 * x.norm() + 1e-7
+    x, y = (torch.cat([*map(moment, saved["optimizer"]["state"].values())]) for saved in (a, b))
+    assert x.norm() > 1e-3 and (x - y).norm() < 0.01 * x.norm()
     for part in a.keys() - {"optimizer", "args", "versions", "scaler"}:
         if not isinstance(a[part], dict):
             assert_same(a[part], b[part], part)
             continue
         for name, value in a[part].items():
-            torch.testing.assert_close(b[part][name], value, atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                b[part][name], value, atol=2e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+            )
     for line, other in zip(read_log(tmp_path / "1")[1:], read_log(tmp_path / "2")[2:], strict=False):
         if "step" in other and line["step"] == other["step"]:
             for name in EQUAL[script]:
@@ -86,7 +95,11 @@ def test_log_of_two_processes_holds_means_and_all_unreadable_images(tmp_path):
     for line in lines:
         assert line["images_per_s"] * line["step_seconds"] == pytest.approx(8)
     codes, text = toy(tmp_path / "b", "--samples", 300, "--epochs", 2, "--bad", 3, 70, 150, 9).wait()
-    assert codes == [1, 1] and text.count("4 of 300 images unreadable, over 1 %") == 1 and "Traceback" not in text
+    assert (
+        codes == [1, 1]
+        and text.count("4 of 300 images unreadable, over 1 %") == 1
+        and "Traceback" not in text
+    )
 
 
 def late_in_one(what):
@@ -113,10 +126,13 @@ def test_what_one_process_sees_all_do_at_the_same_step(tmp_path, what):
     assert text.count("the same command resumes") == (what == "signal")
 
 
-@pytest.mark.parametrize("flag, value, message", [
-    ("--samples", 31, "images is 30 here and 31 in another process: --data_path and"),
-    ("--output_dir", "OTHER", "start_step is 2 here and 0 in another process"),
-])
+@pytest.mark.parametrize(
+    "flag, value, message",
+    [
+        ("--samples", 31, "images is 30 here and 31 in another process: --data_path and"),
+        ("--output_dir", "OTHER", "start_step is 2 here and 0 in another process"),
+    ],
+)
 def test_processes_that_differ_end_all(tmp_path, flag, value, message):
     toy(tmp_path / "out", "--max_steps", 2).finish()
     value = tmp_path / value if value == "OTHER" else value

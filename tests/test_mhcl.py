@@ -331,9 +331,32 @@ def plain_views(crops, args, generator):
 
 
 def train_two_steps(scenes, out, monkeypatch, flags):
-    """Trains without BatchNorm and changes of colour; returns flags, the batches that were fetched, checkpoint."""
-    more = ["--arch", "test_convnext", "--batch_size_per_gpu", 8, "--lr", 1.6, "--warmup_epochs", 0, "--max_steps", 2]
-    more += ["--moco_k", 24, "--moco_dim", 8, "--weight_decay", 0.1, "--moco_m", 0.9, "--log_every", 1, *flags]
+    """Trains without BatchNorm and colour; returns flags, the batches that were fetched, the checkpoint."""
+    more = [
+        "--arch",
+        "test_convnext",
+        "--batch_size_per_gpu",
+        8,
+        "--lr",
+        1.6,
+        "--warmup_epochs",
+        0,
+        "--max_steps",
+        2,
+    ]
+    more += [
+        "--moco_k",
+        24,
+        "--moco_dim",
+        8,
+        "--weight_decay",
+        0.1,
+        "--moco_m",
+        0.9,
+        "--log_every",
+        1,
+        *flags,
+    ]
     args = parse(*tiny("mhcl", *more))
     args.data_path, args.output_dir, batches = scenes / "train", out, []
     mhcl.check_args(args)
@@ -347,7 +370,7 @@ def train_two_steps(scenes, out, monkeypatch, flags):
 
 
 def naive_training(args, batches):
-    """The same steps with plain loops, from the specification: one parameter at a time, one whole batch a step."""
+    """The same with plain loops, from the specification: one parameter at a time, a whole batch each step."""
     encoder_q, encoder_k = mhcl.build_encoders(args)
     weights = WEIGHTS if args.mhcl else (1.0,)
     queue = MHCLLoss(weights, 8, 24, 0.2).queue
@@ -392,8 +415,8 @@ def test_steps_equal_plain_loops(scenes, tmp_path, monkeypatch, flags):
     expected["queue"] = {"": expected["queue"]}
     for part, state in expected.items():
         for name, value in state.items():
-            close = {"atol": 2e-5, "rtol": 1e-3, "msg": lambda text, name=name: f"{part} {name}: {text}"}
-            torch.testing.assert_close(ours[part][name], value, **close)
+            said = f"{part} {name}: {{}}".format
+            torch.testing.assert_close(ours[part][name], value, atol=2e-5, rtol=1e-3, msg=said)
     assert saved["mhcl_loss"]["queue_ptr"] == 16
 
 
@@ -405,7 +428,9 @@ def test_no_gradient_reaches_the_key_encoder():
     loss, hard = make_loss(C=128), draws()
     value, keys, parts = loss(q, encoder_k(torch.rand(4, 3, 32, 32))[0], hard)
     value.backward()
-    assert not any(x.requires_grad for x in (keys, *parts, loss.queue)) and all(p.grad is None for p in encoder_k.parameters())
+    assert not any(x.requires_grad for x in (keys, *parts, loss.queue)) and all(
+        p.grad is None for p in encoder_k.parameters()
+    )
 
 
 # ------------------------------------------------------------------ whole runs
@@ -446,8 +471,12 @@ def test_picture_of_views_shows_what_the_encoders_get(train, tmp_path, monkeypat
     seen, rows, save_grid = [], [], common.save_grid
     forward = mhcl.Encoder.forward
     monkeypatch.setattr(mhcl, "color_views", plain_views)
-    monkeypatch.setattr(mhcl.Encoder, "forward", lambda self, x, *more: (seen.append(x), forward(self, x, *more))[1])
-    monkeypatch.setattr(common, "save_grid", lambda path, *more: (rows.extend(more[0]), save_grid(path, *more))[1])
+    monkeypatch.setattr(
+        mhcl.Encoder, "forward", lambda self, x, *more: (seen.append(x), forward(self, x, *more))[1]
+    )
+    monkeypatch.setattr(
+        common, "save_grid", lambda path, *more: (rows.extend(more[0]), save_grid(path, *more))[1]
+    )
     train(tmp_path, "--max_steps", "1", script="mhcl")
     keys, queries = seen
     shuffle = Shuffle(4, common.stream_seed(0, "shuffle", 0, 0), ALONE)
@@ -458,14 +487,19 @@ def test_picture_of_views_shows_what_the_encoders_get(train, tmp_path, monkeypat
 
 def learning_rates(*flags):
     """The rate of each of the steps of three epochs of seven steps, at 1/64 of the batch that --lr is for."""
-    args, run = parse("--lr", 0.64, "--epochs", 3, *flags), SimpleNamespace(effective_batch=4, steps_per_epoch=7)
+    args, run = (
+        parse("--lr", 0.64, "--epochs", 3, *flags),
+        SimpleNamespace(effective_batch=4, steps_per_epoch=7),
+    )
     run.total_steps = 21
     mhcl.check_args(args)
     return [mhcl.learning_rate(step, run, args) for step in range(21)]
 
 
 def test_learning_rate_is_a_cosine_or_falls_in_steps(train, tmp_path):
-    assert learning_rates() == pytest.approx([0.005 * (1 + math.cos(math.pi * step / 21)) for step in range(21)])
+    assert learning_rates() == pytest.approx(
+        [0.005 * (1 + math.cos(math.pi * step / 21)) for step in range(21)]
+    )
     steps = learning_rates("--no-cos", "--schedule", 1, 2)
     assert steps == pytest.approx([0.01] * 7 + [0.001] * 7 + [0.0001] * 7)
     warm = learning_rates("--no-cos", "--schedule", 2, "--warmup_epochs", 1)
@@ -473,7 +507,8 @@ def test_learning_rate_is_a_cosine_or_falls_in_steps(train, tmp_path):
     saved = train(tmp_path, "--max_steps", 3, script="mhcl")
     groups = [(g["momentum"], g["nesterov"], g["weight_decay"]) for g in saved["optimizer"]["param_groups"]]
     assert groups == [(0.9, False, 1e-4), (0.9, False, 0)] and read_log(tmp_path)[-1]["lr"] == pytest.approx(
-        0.03 * 4 / 256 * 2 / 7)
+        0.03 * 4 / 256 * 2 / 7
+    )
 
 
 def test_either_encoder_can_be_evaluated_and_taken_further(train, run, scenes, tmp_path, capsys):

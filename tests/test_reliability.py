@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from conftest import (
@@ -62,7 +63,7 @@ def read(out):
 
 
 def die_at(where, count):
-    """Kills the main process at the `count`-th step, or as it writes a file: half, unnamed, or just renamed."""
+    """Kills the main process at the `count`-th step, or as it writes a file: half, unnamed, just renamed."""
     left = count * (os.environ["RANK"] == "0")
 
     def passed(here):
@@ -97,8 +98,17 @@ def die_at(where, count):
 
 
 # Before the first checkpoint; while it or the backbone is written; between the two; in the last epoch.
-DEATHS = [("step", 2), ("half", 1), ("unnamed", 1), ("checkpoint.pth", 1), ("step", 3), ("half", 2),
-          ("model.safetensors", 1), ("step", 2), ("checkpoint.pth", 1)]
+DEATHS = [
+    ("step", 2),
+    ("half", 1),
+    ("unnamed", 1),
+    ("checkpoint.pth", 1),
+    ("step", 3),
+    ("half", 2),
+    ("model.safetensors", 1),
+    ("step", 2),
+    ("checkpoint.pth", 1),
+]
 
 
 @pytest.mark.parametrize("script", TOY_AND_SLOWLY_ALL)
@@ -254,8 +264,12 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_is_dead(tmp_
     wait_for(first, tmp_path / "log.jsonl", 2)
     for processes in (1, 2):
         codes, text = Start(tmp_path / "2", *flags, processes=processes).wait()
-        assert codes == [2] * processes and text == f"error: --output_dir {tmp_path}: another run is writing " \
+        assert (
+            codes == [2] * processes
+            and text
+            == f"error: --output_dir {tmp_path}: another run is writing "
             "there; wait for it or take another folder\n"
+        )
     workers = children(first.processes[0].pid)
     for worker in workers:
         os.kill(worker, signal.SIGSTOP)  # so that they outlive it
@@ -280,7 +294,9 @@ def test_full_disk_ends_the_run_in_words_and_the_old_checkpoint_stays(tmp_path):
     codes, text = Start(tmp_path, *flags, prepare=(limit_files, len(before) // 2)).wait()
     errors = [line for line in text.splitlines() if line.startswith("error: ")]
     assert codes == [1] and len(errors) == 1 and "Traceback" not in text, text
-    assert re.search(r"(checkpoint.pth|backbone): cannot be written: .*File too large.*; what was written", errors[0])
+    assert re.search(
+        r"(checkpoint.pth|backbone): cannot be written: .*File too large.*; what was written", errors[0]
+    )
     assert (tmp_path / "checkpoint.pth").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     Start(tmp_path, *flags).finish()
 
@@ -296,7 +312,12 @@ def as_on_windows(scripts):
         fsync(file)
 
     os.fsync = strict_fsync
-    for module, name in ((signal, "SIGHUP"), (signal, "SIGUSR1"), (signal, "SIGCHLD"), (os, "sched_getaffinity")):
+    for module, name in (
+        (signal, "SIGHUP"),
+        (signal, "SIGUSR1"),
+        (signal, "SIGCHLD"),
+        (os, "sched_getaffinity"),
+    ):
         delattr(module, name)
     sys.modules["fcntl"] = None
     for name in ("common", *scripts):
@@ -483,15 +504,15 @@ def test_image_that_vanishes_is_left_out(scenes, tmp_path):
 @pytest.mark.parametrize("script", ALL)
 def test_gradient_that_is_not_finite_stops_the_run(run, monkeypatch, capsys, scenes, tmp_path, script):
     """The loss is still finite: only the gradient's norm shows it before the next checkpoint is written."""
-    build, calls = common.build_optimizer, []
+    create, calls = timm.optim.create_optimizer_v2, []
 
     def poisoned(*arguments, **more):
-        optimizer = build(*arguments, **more)
+        optimizer = create(*arguments, **more)
         first = optimizer.param_groups[0]["params"][0]
         first.register_hook(lambda grad: grad * (float("inf") if len(calls) == 2 else calls.append(0) or 1))
         return optimizer
 
-    monkeypatch.setattr(common, "build_optimizer", poisoned)
+    monkeypatch.setattr(timm.optim, "create_optimizer_v2", poisoned)
     script, *flags = base(script, scenes, tmp_path, "--log_every", 100, "--max_steps", 4)
     with pytest.raises(SystemExit) as stop:
         run(script, *flags)
@@ -544,9 +565,23 @@ def test_no_loading_path_runs_code(run, capsys, scenes, tmp_path):
     for _ in evil_files(path, done):
         with pytest.raises(ValueError, match="would run code"):
             common.load_checkpoint(path)
-    paths = {"--init": base("mhcl", scenes, tmp_path / "o", "--init", path), "resume": base("mhcl", scenes, tmp_path)}
-    paths["--weights"] = ["eval_knn", "--data_path", scenes, "--arch", "test_resnet", "--output_dir", tmp_path / "e",
-                          "--weights", path, "--nb_knn", 1]
+    paths = {
+        "--init": base("mhcl", scenes, tmp_path / "o", "--init", path),
+        "resume": base("mhcl", scenes, tmp_path),
+    }
+    paths["--weights"] = [
+        "eval_knn",
+        "--data_path",
+        scenes,
+        "--arch",
+        "test_resnet",
+        "--output_dir",
+        tmp_path / "e",
+        "--weights",
+        path,
+        "--nb_knn",
+        1,
+    ]
     for script, *flags in paths.values():
         refused(run, capsys, script, flags, "would run code")
     shutil.copy(path, tmp_path / "head.pth")
@@ -558,7 +593,11 @@ def test_no_loading_path_runs_code(run, capsys, scenes, tmp_path):
         common.read_pixels(tmp_path / "evil.npy")
     assert not done.exists()
     code = {path.name: path.read_text() for path in ROOT.glob("*.py")}
-    assert sum(text.count("torch.load(") for text in code.values()) == code["common.py"].count("torch.load(") == 1
+    assert (
+        sum(text.count("torch.load(") for text in code.values())
+        == code["common.py"].count("torch.load(")
+        == 1
+    )
     assert not any(re.search(r"pickle\.loads?\(|allow_pickle=True", text) for text in code.values())
 
 

@@ -44,9 +44,21 @@ def test_lengths_header_and_lines(tmp_path, capsys):
     assert (run.effective_batch, run.steps_per_epoch, run.total_steps) == (6, 5, 15)
     assert (run.start_step, run.stop_step, run.stopped, run.saved) == (0, 15, False, None)
     header, *lines = read_log(tmp_path)
-    expected = {"processes": 1, "amp": "off", "images": 30, "samples": 30, "effective_batch": 6, "steps": 15,
-                "steps_per_epoch": 5, "from_step": 0, "to_step": 15, "scaled_lr": 0.5, "init": "from scratch",
-                "device": "cpu, 1 threads", "argv": sys.argv}
+    expected = {
+        "processes": 1,
+        "amp": "off",
+        "images": 30,
+        "samples": 30,
+        "effective_batch": 6,
+        "steps": 15,
+        "steps_per_epoch": 5,
+        "from_step": 0,
+        "to_step": 15,
+        "scaled_lr": 0.5,
+        "init": "from scratch",
+        "device": "cpu, 1 threads",
+        "argv": sys.argv,
+    }
     assert expected.items() <= header.items() and header["versions"]["torch"] == str(torch.__version__)
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12, 14, 15]  # and after each epoch
     assert [line["epoch"] for line in lines] == [0, 0, 1, 1, 1, 2, 2, 2, 3]
@@ -164,11 +176,30 @@ def test_log_of_a_resumed_run_has_no_step_twice_whatever_it_held(tmp_path):
 
 def test_changed_settings_are_named(tmp_path, capsys):
     start(tmp_path, "--max_steps", 1)
-    fails(r"other settings: lr was 0.1, is 0.2; weight_decay was 0.1, is 0.3$", 2, capsys, tmp_path, "--lr", 0.2,
-          "--weight_decay", 0.3)
+    fails(
+        r"other settings: lr was 0.1, is 0.2; weight_decay was 0.1, is 0.3$",
+        2,
+        capsys,
+        tmp_path,
+        "--lr",
+        0.2,
+        "--weight_decay",
+        0.3,
+    )
     fails("effective_batch was 4, is 2$", 2, capsys, tmp_path, "--batch_size_per_gpu", 2)
     fails("images was 30, is 31; samples was 30, is 31$", 2, capsys, tmp_path, "--samples", 31)
-    flags = ["--batch_size_per_gpu", 2, "--accum_steps", 2, "--save_every", 9, "--log_every", 7, "--max_steps", 2]
+    flags = [
+        "--batch_size_per_gpu",
+        2,
+        "--accum_steps",
+        2,
+        "--save_every",
+        9,
+        "--log_every",
+        7,
+        "--max_steps",
+        2,
+    ]
     assert start(tmp_path, *flags, "--save_minutes", 3, "--num_workers", 1).start_step == 1
 
 
@@ -194,7 +225,12 @@ def test_damaged_checkpoint_is_refused(tmp_path, capsys):
     whole = (tmp_path / "checkpoint.pth").read_bytes()
     for length in (0, 1, 1000, len(whole) // 2, len(whole) - 1):
         (tmp_path / "checkpoint.pth").write_bytes(whole[:length])
-        fails("^error: --output_dir: .*checkpoint.pth cannot be resumed: damaged|no PyTorch", 2, capsys, tmp_path)
+        fails(
+            "^error: --output_dir: .*checkpoint.pth cannot be resumed: damaged|no PyTorch",
+            2,
+            capsys,
+            tmp_path,
+        )
     for content in ([1], {"step": 3}, {"args": 3, "images": 30}):
         torch.save(content, tmp_path / "checkpoint.pth")
         fails("cannot be resumed: ", 2, capsys, tmp_path)
@@ -208,7 +244,9 @@ def test_a_value_that_is_not_finite_ends_the_run_at_its_step(tmp_path, capsys, l
     def poisoned(run, step):
         return {name: torch.tensor(math.inf if step + 1 == bad else 1.0), "pair": torch.ones(2)}
 
-    message = rf"step {bad}: not finite: {{'loss': 0\.\d+.*'{name}': inf.*'pair': \[1.0, 1.0\]}}; the last check"
+    message = (
+        rf"step {bad}: not finite: {{'loss': 0\.\d+.*'{name}': inf.*'pair': \[1.0, 1.0\]}}; the last check"
+    )
     fails(message, 1, capsys, tmp_path, "--log_every", log_every, more_terms=poisoned)
     assert common.load_checkpoint(tmp_path / "checkpoint.pth")["step"] == 7  # the epoch before
 
@@ -219,11 +257,28 @@ def test_more_than_one_percent_unreadable_end_the_run(tmp_path, capsys):
     warnings = capsys.readouterr().err.splitlines()
     assert sorted(warnings) == [f"warning: unreadable, another image taken: file {i}: bad" for i in (5, 77)]
     assert read_log(tmp_path)[-1]["unreadable"] == 2
-    fails("3 of 200 images unreadable, over 1 %: file 5: bad$", 1, capsys, tmp_path / "b", *flags, "--bad", 5, 77, 8)
+    fails(
+        "3 of 200 images unreadable, over 1 %: file 5: bad$",
+        1,
+        capsys,
+        tmp_path / "b",
+        *flags,
+        "--bad",
+        5,
+        77,
+        8,
+    )
     bad = ["--bad", *range(30)]
     for workers in (0, 1):
-        fails("^error: 30 unreadable images in a row, the last: file ", 1, capsys, tmp_path / f"c{workers}", *bad,
-              "--num_workers", workers)
+        fails(
+            "^error: 30 unreadable images in a row, the last: file ",
+            1,
+            capsys,
+            tmp_path / f"c{workers}",
+            *bad,
+            "--num_workers",
+            workers,
+        )
 
 
 def test_collapse_is_warned_about_once(tmp_path, capsys):
@@ -240,12 +295,23 @@ def test_collapse_is_warned_about_once(tmp_path, capsys):
         start(tmp_path / f"b{first}", *few, more_terms=low_from(first), **more)
         assert ("collapse" in capsys.readouterr().err) == warned
     for low, warned in ((8, True), (7, False)):  # a tenth of 70 steps, and more than five lines
+
         def dip(run, step, low=low):
             return {"std": torch.tensor(0.04 if step < low else 1.0)}
 
         start(tmp_path / f"c{low}", *few, "--epochs", 10, more_terms=dip, **more)
         assert ("collapse" in capsys.readouterr().err) == warned
-    start(tmp_path / "d", "--batch_size_per_gpu", 1, "--img_size", 64, "--max_steps", 12, more_terms=low_from(1), **more)
+    start(
+        tmp_path / "d",
+        "--batch_size_per_gpu",
+        1,
+        "--img_size",
+        64,
+        "--max_steps",
+        12,
+        more_terms=low_from(1),
+        **more,
+    )
     assert "collapse" not in capsys.readouterr().err  # one image has no spread
 
 
@@ -259,8 +325,16 @@ def test_backbone_or_log_that_cannot_be_written_end_the_run(tmp_path, capsys):
     (tmp_path / "log.jsonl").mkdir()
     fails("log.jsonl: cannot be written", 1, capsys, tmp_path, "--max_steps", 3)
     fails("--output_dir /dev/null/x: cannot be written to", 2, capsys, "/dev/null/x")
-    fails("31: the effective batch, 62, is larger than the data, 30$", 2, capsys, tmp_path, "--accum_steps", 2,
-          "--batch_size_per_gpu", 31)
+    fails(
+        "31: the effective batch, 62, is larger than the data, 30$",
+        2,
+        capsys,
+        tmp_path,
+        "--accum_steps",
+        2,
+        "--batch_size_per_gpu",
+        31,
+    )
 
 
 # ------------------------------------------------------------------ signals
@@ -287,7 +361,8 @@ def test_a_signal_stops_the_run_after_its_step(tmp_path, capsys, saves, number):
     run = start(tmp_path, "--log_every", 100, more_terms=send(number, 2))
     assert run.stopped and saves == steps_of(tmp_path) == [3]
     assert capsys.readouterr().out.splitlines()[-1] == (
-        f"stopped by a signal after a checkpoint; the same command resumes: {tmp_path}")
+        f"stopped by a signal after a checkpoint; the same command resumes: {tmp_path}"
+    )
     assert handlers() == before
     last = start(tmp_path, "--max_steps", 5, more_terms=send(number, 4))  # too late to stop anything
     assert not last.stopped and capsys.readouterr().out.endswith(f"5 steps done: {tmp_path}\n")
@@ -296,6 +371,7 @@ def test_a_signal_stops_the_run_after_its_step(tmp_path, capsys, saves, number):
 def test_ctrl_c_again_ends_the_run_at_once(tmp_path, saves):
     before = handlers()
     for first in (signal.SIGTERM, signal.SIGINT):
+
         def both(run, step, first=first):
             send(first, 2)(run, step)
             return send(signal.SIGINT, 2)(run, step)
@@ -334,7 +410,9 @@ def test_tensorboard_gets_the_figures_and_pictures_of_the_log(tmp_path):
             tag = name if len(values[0]) == 1 else f"{name}/{i}"
             names.add(tag)
             found = [(event.step, event.value) for event in events.Scalars(tag)]
-            assert found == [(line["step"], pytest.approx(v[i])) for line, v in zip(lines, values, strict=True)]
+            assert found == [
+                (line["step"], pytest.approx(v[i])) for line, v in zip(lines, values, strict=True)
+            ]
     assert set(events.Tags()["scalars"]) == names and events.Tags()["images"] == ["views"]
     (picture,) = events.Images("views")
     assert (picture.step, picture.width, picture.height) == (1, 70, 36)

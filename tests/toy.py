@@ -8,9 +8,16 @@ import common
 def get_parser():
     parser = common.build_parser(__doc__)
     number, whole = common.positive(float), common.positive(int)
-    for name, kind, default in (("samples", whole, 30), ("epochs", whole, 3), ("img_size", whole, 32),
-                                ("batch_size_per_gpu", whole, 4), ("accum_steps", whole, 1), ("lr", number, 0.1),
-                                ("num_workers", common.not_negative(int), 0), ("weight_decay", number, 0.1)):
+    for name, kind, default in (
+        ("samples", whole, 30),
+        ("epochs", whole, 3),
+        ("img_size", whole, 32),
+        ("batch_size_per_gpu", whole, 4),
+        ("accum_steps", whole, 1),
+        ("lr", number, 0.1),
+        ("num_workers", common.not_negative(int), 0),
+        ("weight_decay", number, 0.1),
+    ):
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--bad", type=int, nargs="*", default=[], help="samples that cannot be read")
     parser.set_defaults(mean=(0, 0, 0), std=(1, 1, 1), optimizer="sgd")
@@ -28,7 +35,9 @@ class Noise(torch.utils.data.Dataset):
     def __getitem__(self, key):
         if key[1] in self.args.bad:
             raise common.UnreadableImageError(f"file {key[1]}: bad")
-        return torch.rand(3, self.args.img_size, self.args.img_size, generator=common.generator(self.args.seed, *key))
+        return torch.rand(
+            3, self.args.img_size, self.args.img_size, generator=common.generator(self.args.seed, *key)
+        )
 
 
 def train(args, process, more_terms=lambda run, step: {}, **more):
