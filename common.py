@@ -2142,11 +2142,12 @@ class Run:
             return None
         try:
             saved = load_checkpoint(path)
-            before = {**YOUNGER_FLAGS, **saved["args"], "samples": saved["images"],
+            before = {**saved["args"], "samples": saved["images"],
                       **{name: saved[name] for name in self.identity if name in saved}}
         except (ValueError, KeyError, TypeError) as error:
             fail(f"--output_dir: {path} cannot be resumed: {error}")
         after = {**plain(self.args), **self.identity}
+        before = {name: value for name, value in YOUNGER_FLAGS.items() if name in after} | before
         changed = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
                    for name in sorted(before.keys() | after.keys())
                    if name not in free_flags and before.get(name) != after.get(name)]

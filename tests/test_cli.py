@@ -77,6 +77,8 @@ def test_numbers_out_of_range_are_refused_by_the_parser(capsys, script):
     for action in parser_of(script)._actions:
         if action.choices or isinstance(example(action)[1], str) or not action.type:
             continue
+        if action.dest == "bands":  # takes names too
+            continue
         count = action.nargs if isinstance(action.nargs, int) else 1
         for value in ("-1", "inf", "nan", "many"):
             if action.dest in MAY_BE_NEGATIVE and value == "-1":
@@ -210,9 +212,10 @@ BAD_METHOD = {
         (["--decoder_dim", "30"], "--decoder_dim 30: must be a multiple of 4, and of --decoder_heads, 2"),
         (["--decoder_heads", "3"], "--decoder_dim 32: must be a multiple of 4, and of --decoder_heads, 3"),
         (["--arch", "test_vit2"], "--arch test_vit2: must be a ViT with a class token"),
-        (["--in_chans", "2"], "48 x 48 x 3 pixels, not H x W x 2"),
-        (["--in_chans", "1"], "do not fit the images' 1 channels; measured on some: --mean 0."),
-        (["--mean", "0.5"], "--mean 0.5: --mean and --std do not fit the images' 3 channels"),
+        (["--in_chans", "2"], "3 bands, not 2: give --in_chans 3, or choose with --bands"),
+        (["--bands", "1", "B02"], "--bands 1 B02: numbers from 1, or names, not both"),
+        (["--bands", "1", "2", "--in_chans", "3"], "--in_chans 3: --bands 1 2 are 2; leave it out"),
+        (["--mean", "0.5"], "--mean, --std: give 3 values for each, or neither"),
     ],
 }
 

@@ -1,6 +1,7 @@
 import argparse
 import math
 import os
+import platform
 import struct
 import zlib
 
@@ -143,18 +144,27 @@ def test_skip_unreadable_takes_another_sample_and_says_so():
     assert dataset[5, 2] == ((5, 0), ["file 2", "file 1"])
 
 
-def test_check_images(tmp_path, capsys):
-    for i, side in enumerate((30, 40, 50)):
-        Image.new("RGB", (side, 90)).save(tmp_path / f"{i}.png")
-    paths = common.list_images(tmp_path)
-    common.check_images(paths, 40)
-    assert not capsys.readouterr().err
-    common.check_images(paths, 41)
-    assert "warning: --img_size 41: most images are smaller" in capsys.readouterr().err
+@pytest.mark.parametrize("machine, avx512, amx, arm, native", [
+    ("x86_64", True, False, True, True), ("x86_64", False, True, True, True),
+    ("x86_64", False, False, True, False),  # where oneDNN would emulate it
+    ("aarch64", False, False, True, True), ("arm64", True, True, False, False)])
+def test_amp_auto_is_bf16_by_the_processors_capability(monkeypatch, machine, avx512, amx, arm, native):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
+    cpu = torch.device("cpu")
+    assert common.autocast_dtype("auto", cpu) == (torch.bfloat16 if native else None)
+    assert common.autocast_dtype("bf16", cpu) == torch.bfloat16 and common.autocast_dtype("off", cpu) is None
+    for amp in ("auto", "off"):  # attention is not fused in bf16 on a CPU
+        common.autocast(amp, cpu)
+        attention = common.build_backbone("test_vit", 32).blocks[0].attn
+        assert attention.fused_attn == (amp == "off" or not native)
 
 
 def test_warm_ups_are_short_in_short_runs_unless_given():
-    assert [common.default_warmup(*args) for args in ((None, 10, 300), (None, 10, 3), (2, 10, 3))] == [10, 0.3, 2]
+    cases = (None, 10, 300), (None, 10, 3), (2, 10, 3)
+    assert [common.default_warmup(*args) for args in cases] == [10, 0.3, 2]
 
 
 # ------------------------------------------------------------------ colour, sample by sample

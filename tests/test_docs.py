@@ -41,7 +41,7 @@ def test_command_parses(script, words):
 
 # Warm-ups of at most a tenth of the epochs: CMID's authors take 50.
 PAPERS = {  # what the authors' codes take, from the specification of the methods
-    "dino_mc": """--mode mc --img_size 224 --mean .485 .456 .406 --std .229 .224 .225 --drop_path .1
+    "dino_mc": """--mode mc --img_size 224 --drop_path .1
         --global_crops_scale .32 1 --local_crops_scale .05 .32 --local_crops_number 6 --out_dim 65536
         --norm_last_layer --no-use_bn_in_head --student_temp .1 --warmup_teacher_temp .04 --teacher_temp .04
         --warmup_teacher_temp_epochs 0 --momentum_teacher .996 --freeze_last_layer 1 --clip_grad 3
@@ -50,10 +50,9 @@ PAPERS = {  # what the authors' codes take, from the specification of the method
     "mhcl": """--arch resnet50 --img_size 224 --mhcl --mlp --aug_plus --moco_dim 128 --moco_k 65536
         --moco_m .99 --moco_t .2 --a 1 --b .1 --optimizer sgd --lr .03 --cos
         --warmup_epochs 0 --weight_decay 1e-4 --batch_size_per_gpu 128 --epochs 800""",
-    "cmid": """--arch resnet50 --img_size 224 --mean .33797 .3605 .3348 --std .1359 .1352 .1407
-        --mask_patch_size 32 --mask_ratio .6 --mask_stage 0 --loss_weights 1 1 1 --momentum .996
+    "cmid": """--arch resnet50 --img_size 224 --mask_patch_size 32 --mask_ratio .6 --mask_stage 0 --loss_weights 1 1 1 --momentum .996
         --moco_k 65536 --moco_t .2 --local_dim 2048 --student_temp .1 --warmup_teacher_temp .04
-        --teacher_temp .07 --warmup_teacher_temp_epochs 20 --optimizer adan --lr 1e-3 --min_lr 1e-6
+        --teacher_temp .07 --warmup_teacher_temp_epochs 50 --optimizer adan --lr 1e-3 --min_lr 1e-6
         --warmup_epochs 10 --weight_decay .02 --batch_size_per_gpu 64 --epochs 200""",
     "dspt_mae": """--arch vit_base_patch16_224 --img_size 224 --mask_ratio .75 --norm_pix_loss
         --decoder_dim 512 --decoder_depth 8 --decoder_heads 16 --lr 1.5e-4 --min_lr 0 --warmup_epochs 40

@@ -30,7 +30,9 @@ def make_loss(weights=(*mhcl.WEIGHTS, *mhcl.HARD_WEIGHTS), C=6, K=12, t=0.2):
 
 
 def parse(*flags):
-    return mhcl.get_parser().parse_args([*map(str, ["--data_path", "x", "--output_dir", "x", *flags])])
+    args = mhcl.get_parser().parse_args([*map(str, ["--data_path", "x", "--output_dir", "x", *flags])])
+    common.check_bands(args)
+    return args
 
 
 def draws(S=4, K=12, seed=0, a=1.0, b=0.5, step=0):
@@ -224,7 +226,8 @@ def test_encoder_projects_the_mean_of_each_stage(mlp):
 )
 def test_backbones_of_four_stages(arch, widths):
     backbone = common.build_backbone(arch, 64)
-    assert mhcl.stage_widths(backbone, arch, 64, 4) == widths and backbone.training
+    args = parse("--arch", arch, "--img_size", 64, "--in_chans", 3)
+    assert mhcl.stage_widths(backbone, args, 4) == widths and backbone.training
     encoder = Encoder(backbone, widths, 8, True)
     x = torch.randn(2, 3, 64, 64)
     out, features = encoder(x)
@@ -267,14 +270,14 @@ def test_shuffle_hands_out_all_rows_and_takes_them_back_in_order(monkeypatch, wo
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
-    paths = common.list_images(scenes / "train")
-    dataset = PairDataset(paths, 32, 0)
+    samples = common.Samples(common.list_images(scenes / "train"))
+    dataset = PairDataset(samples, 32, 0)
     first = dataset[3, 5]
     torch.manual_seed(99)
     assert_same(dataset[3, 5], first)
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first)
     assert not torch.equal(*first)
-    for other in (dataset[4, 5], PairDataset(paths, 32, 1)[3, 5]):
+    for other in (dataset[4, 5], PairDataset(samples, 32, 1)[3, 5]):
         assert not torch.equal(other[0], first[0])
 
 
@@ -282,7 +285,7 @@ def test_crops_cover_a_fifth_to_all_of_the_area_and_half_are_mirrored(tmp_path):
     ramp = torch.arange(200).float().expand(200, 200) * 255 / 199
     image = torch.stack([ramp, ramp.T, torch.zeros(200, 200)]).byte()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "ramp.png")
-    dataset = PairDataset([str(tmp_path / "ramp.png")], 100, 0)
+    dataset = PairDataset(common.Samples([str(tmp_path / "ramp.png")]), 100, 0)
     areas, mirrored = [], 0
     for epoch in range(200):
         for crop in dataset[epoch, 0]:

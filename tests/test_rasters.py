@@ -784,6 +784,16 @@ def write_set(folder, kind):
 
 
 @pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("script", TRAINING)
+def test_8_bit_rgb_gets_the_papers_mean_and_std(train, tmp_path, script):
+    args = train(tmp_path, "--max_steps", "1", script=script)["args"]
+    papers = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]  # ImageNet's; CMID: MillionAID's
+    if script == "cmid":
+        papers = [[0.33797, 0.3605, 0.3348], [0.1359, 0.1352, 0.1407]]
+    assert [args["mean"], args["std"]] == papers and args["in_chans"] == 3
+
+
+@pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("kind", ["13 bands", "one float", "folders", "tiles"])
 @pytest.mark.parametrize("script", TRAINING)
 def test_every_method_trains_on_any_pixels_and_resumes(run, tmp_path, capsys, script, kind):
