@@ -50,7 +50,8 @@ PAPERS = {  # what the authors' codes take, from the specification of the method
     "mhcl": """--arch resnet50 --img_size 224 --mhcl --mlp --aug_plus --moco_dim 128 --moco_k 65536
         --moco_m .99 --moco_t .2 --a 1 --b .1 --optimizer sgd --lr .03 --cos
         --warmup_epochs 0 --weight_decay 1e-4 --batch_size_per_gpu 128 --epochs 800""",
-    "cmid": """--arch resnet50 --img_size 224 --mask_patch_size 32 --mask_ratio .6 --mask_stage 0 --loss_weights 1 1 1 --momentum .996
+    "cmid": """--arch resnet50 --img_size 224 --mask_patch_size 32 --mask_ratio .6 --mask_stage 0
+        --loss_weights 1 1 1 --momentum .996
         --moco_k 65536 --moco_t .2 --local_dim 2048 --student_temp .1 --warmup_teacher_temp .04
         --teacher_temp .07 --warmup_teacher_temp_epochs 50 --optimizer adan --lr 1e-3 --min_lr 1e-6
         --warmup_epochs 10 --weight_decay .02 --batch_size_per_gpu 64 --epochs 200""",

@@ -58,7 +58,8 @@ def test_lengths_header_and_lines(tmp_path, capsys):
         "device": "cpu, 1 threads",
         "argv": sys.argv,
     }
-    assert {name: header[name] for name in expected} == expected and header["versions"]["torch"] == str(torch.__version__)
+    assert {name: header[name] for name in expected} == expected
+    assert header["versions"]["torch"] == str(torch.__version__)
     native = common.computes_bf16(torch.device("cpu"))
     assert header["amp"] == ("bfloat16" if native else "off")
     assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 10, 12, 14, 15]  # and after each epoch
