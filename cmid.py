@@ -35,8 +35,9 @@ Differs from the authors' code:
 - they add normalised offsets to positions as if they were pixels, so most of their pairs are not neighbours;
 - both views' keys enter the queue once (theirs: once per process); the centre's mean is over all processes;
 - both views go through the encoders, and their BatchNorm, as one batch; no weight decay on biases and norms;
-- the frequency loss compares mean spectra of a process's micro-batch; the rate's cosine follows its warm-up;
-- tau_b warms up for a tenth of the epochs, 50 at most; of ConvNeXt the map is taken before the last norm;
+- the frequency loss compares mean spectra of a process's micro-batch; the first moving average and tau_b are
+  one step apart from theirs; tau_b warms up for a quarter of the epochs, 50 at most; of ConvNeXt the map is
+  taken before the last norm;
 - colour and noise are made on the device; queue, centre and all draws survive a resume.
 
 In OUT: checkpoint.pth, backbone/ (the online encoder's, for timm; its BatchNorm has the statistics of masked
@@ -59,7 +60,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process, finite, not_negative, positive, unit
+from common import Process, Samples, not_negative, positive, unit
 
 STRIDE = 32  # of the last map
 MILLIONAID_MEAN, MILLIONAID_STD = (0.33797, 0.3605, 0.3348), (0.1359, 0.1352, 0.1407)  # the paper's data
@@ -76,10 +77,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of images, at any depth")
     add("--img_size", type=positive(int), default=224, help="side of both views, a multiple of 32")
-    add("--mean", type=finite(float), nargs=3, default=MILLIONAID_MEAN, help="of RGB in [0, 1]")
-    add("--std", type=positive(float), nargs=3, default=MILLIONAID_STD, help="of RGB in [0, 1]")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    common.add_pixel_flags(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="resnet50", help="a timm ResNet, Swin or ConvNeXt, such as resnet18, "
@@ -88,7 +86,8 @@ def get_parser() -> argparse.ArgumentParser:
         "pretrained weights by name")
     add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
         "exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mask_patch_size", type=positive(int), default=32, help="side of the masked blocks in pixels, a "
@@ -111,7 +110,7 @@ def get_parser() -> argparse.ArgumentParser:
         "local loss stays at ln of --local_dim")
     add("--warmup_teacher_temp", type=positive(float), default=0.04, help="tau_b at first; lower if unstable")
     add("--warmup_teacher_temp_epochs", type=not_negative(int), help="of tau_b; default: 50, but at most a "
-        "tenth of --epochs")
+        "quarter of --epochs")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=200, help="length of all schedules; small data needs more")
@@ -131,8 +130,9 @@ def get_parser() -> argparse.ArgumentParser:
 def check_args(args: argparse.Namespace) -> None:
     """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 10, args.epochs)
-    warmup = int(common.default_warmup(args.warmup_teacher_temp_epochs, 50, args.epochs))
-    args.warmup_teacher_temp_epochs = warmup
+    if args.warmup_teacher_temp_epochs is None:
+        args.warmup_teacher_temp_epochs = min(50, args.epochs // 4)
+    warmup = args.warmup_teacher_temp_epochs
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
     if warmup > args.epochs:
@@ -164,25 +164,25 @@ class PairDataset(torch.utils.data.Dataset):
     """Two crops of an image and their geometry, drawn from (seed, epoch, index) alone.
 
     Args:
-        paths: the images.
+        samples: the images.
         img_size: side of the crops.
         seed: of the run.
     """
 
-    def __init__(self, paths: list[str], img_size: int, seed: int):
-        self.paths, self.img_size, self.seed = paths, img_size, seed
+    def __init__(self, samples: Samples, img_size: int, seed: int):
+        self.samples, self.img_size, self.seed = samples, img_size, seed
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Returns crops uint8 2 x 3 x img_size x img_size and geometries float 2 x 5.
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Returns crops 2 x C x img_size x img_size of the files' dtype, and geometries float 2 x 5.
 
         A geometry is top, left, height and width in source pixels, and 1 for a mirrored crop.
         """
-        epoch, index = item
+        epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
-        image = common.read_image(self.paths[index])
+        image = self.samples[index]
         crops, geometries = zip(*(self._crop(image) for _ in range(2)), strict=True)
         return torch.stack(crops), torch.tensor(geometries, dtype=torch.float32)
 
@@ -194,7 +194,7 @@ class PairDataset(torch.utils.data.Dataset):
 
 
 def gaussian_noise(images: Tensor, where: Tensor, std: Tensor, seed: int) -> Tensor:
-    """Adds noise to the chosen samples N x 3 x H x W in [0, 1]; `where`, `std` (N,); clamped to [0, 1]."""
+    """Adds noise to the chosen samples N x C x H x W in [0, 1]; `where`, `std` (N,); clamped to [0, 1]."""
     generator = torch.Generator(images.device).manual_seed(seed)  # on the device: too many draws for the CPU
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     std = torch.where(where, std, 0.0).to(images.device).view(-1, 1, 1, 1)
@@ -205,7 +205,7 @@ def color_views(crops: Tensor, args: argparse.Namespace, seed: int) -> tuple[Ten
     """Both views, normalised: the first as it is, the second changed in colour, every sample on its own.
 
     Args:
-        crops: uint8 B x 2 x 3 x H x W.
+        crops: B x 2 x C x H x W, as PairDataset gives them.
         args: mean, std.
         seed: of the draws.
     """
@@ -214,7 +214,7 @@ def color_views(crops: Tensor, args: argparse.Namespace, seed: int) -> tuple[Ten
     def chance(p: float) -> Tensor:
         return common.bernoulli(torch.full((B,), p), generator)
 
-    x1, x2 = common.to_float(crops).unbind(1)
+    x1, x2 = common.to_float(crops, args.mean, args.std).unbind(1)
     jitter = common.draw_color_jitter((0.4, 0.4, 0.2, 0.1), torch.full((B,), 0.8), generator)
     sigma = torch.empty(B).uniform_(0.1, 2.0, generator=generator)
     variance = torch.empty(B).uniform_(10, 50, generator=generator)  # of pixels in [0, 255]
@@ -223,7 +223,7 @@ def color_views(crops: Tensor, args: argparse.Namespace, seed: int) -> tuple[Ten
     x2 = gaussian_noise(x2, chance(0.6), variance.sqrt() / 255, common.stream_seed(seed, "noise"))
     x2 = common.solarize(x2, chance(0.2))
     x2 = common.grayscale(x2, chance(0.2))
-    return common.normalize(x1, args.mean, args.std), common.normalize(x2, args.mean, args.std)
+    return tuple(common.normalize(x, args.mean, args.std, crops.dtype) for x in (x1, x2))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def run_backbone(backbone: nn.Module, images: Tensor, stage: int = 0, blocks: Te
 
     Args:
         backbone: one that stem_and_stages knows.
-        images: B x 3 x H x W.
+        images: B x C x H x W.
         stage: before which the token is added.
         blocks: B x s x s, 1 = masked; None: no token.
         mask_token: as wide as the map there.
@@ -390,7 +390,7 @@ class Encoder(nn.Module):
         self.local_head = LocalHead(D, local_dim, use_bn)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images B x 3 x H x W -> last map B x D x h x w, keys B x 256 of unit length."""
+        """Images B x C x H x W -> last map B x D x h x w, keys B x 256 of unit length."""
         last_map, pooled = run_backbone(self.backbone, images)
         return last_map, F.normalize(self.projector(pooled).float(), dim=-1)
 
@@ -402,24 +402,25 @@ class OnlineEncoder(Encoder):
         backbone: as in Encoder, like D, local_dim and use_bn.
         mask_stage: the token is added before it.
         token_dim: width of the map there.
+        in_chans: C.
     """
 
     def __init__(self, backbone: nn.Module, D: int, local_dim: int, use_bn: bool, mask_stage: int,
-                 token_dim: int):
+                 token_dim: int, in_chans: int):
         super().__init__(backbone, D, local_dim, use_bn)
         self.mask_stage, self.mask_token = mask_stage, nn.Parameter(torch.zeros(token_dim))
-        self.decoder = nn.Sequential(nn.Conv2d(D, 3 * STRIDE**2, 1), nn.PixelShuffle(STRIDE))
+        self.decoder = nn.Sequential(nn.Conv2d(D, in_chans * STRIDE**2, 1), nn.PixelShuffle(STRIDE))
 
     def forward(self, images: Tensor, blocks: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
         """Masked images -> all that the losses need, in one call: DistributedDataParallel sees no other.
 
         Args:
-            images: B x 3 x H x W, masked.
+            images: B x C x H x W, masked.
             blocks: B x s x s, 1 = masked.
             positions: B x n of the last map's h * w, for the local head.
 
         Returns:
-            prediction B x 3 x H x W; queries B x 256 of unit length; local outputs B x n x local_dim; pooled
+            prediction B x C x H x W; queries B x 256 of unit length; local outputs B x n x local_dim; pooled
             features B x D.
         """
         last_map, pooled = run_backbone(self.backbone, images, self.mask_stage, blocks, self.mask_token)
@@ -454,12 +455,12 @@ def focal_l1(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     """Mean over masked pixels of |d| (2 sigmoid(.2 |d|) - 1), d the difference: large errors count more.
 
     Args:
-        prediction: B x 3 x H x W.
-        image: B x 3 x H x W, normalised.
+        prediction: B x C x H x W.
+        image: B x C x H x W, normalised.
         mask: B x 1 x H x W, 1 = masked.
     """
     d = (prediction - image).abs()
-    return (d * (2 * torch.sigmoid(0.2 * d) - 1) * mask).sum() / (mask.sum() + 1e-5) / 3  # mask: 1 channel
+    return (d * (2 * torch.sigmoid(0.2 * d) - 1) * mask).sum() / (mask.sum() + 1e-5) / d.shape[1]
 
 
 def focal_frequency(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -565,7 +566,7 @@ def probe_backbone(backbone: nn.Module, args: argparse.Namespace) -> tuple[int, 
     parts = stem_and_stages(backbone)
     if parts is None:
         common.fail(refusal)
-    images = torch.rand(1, 3, args.img_size, args.img_size)
+    images = torch.rand(1, args.in_chans, args.img_size, args.img_size)
     backbone.eval()
     try:
         with torch.no_grad():
@@ -583,45 +584,47 @@ def probe_backbone(backbone: nn.Module, args: argparse.Namespace) -> tuple[int, 
 def build_encoders(args: argparse.Namespace, process: Process) -> tuple[OnlineEncoder, Encoder]:
     """Online and branch encoder; the same initial weights in all processes, from --seed."""
     torch.manual_seed(args.seed)
-    backbone = common.build_backbone(args.arch, args.img_size)
+    backbone = common.build_backbone(args.arch, args.img_size, in_chans=args.in_chans)
     D, token_dim = probe_backbone(backbone, args)
     use_bn = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
     branch = Encoder(copy.deepcopy(backbone), D, args.local_dim, use_bn).requires_grad_(False)
-    online = OnlineEncoder(backbone, D, args.local_dim, use_bn, args.mask_stage, token_dim)
+    online = OnlineEncoder(backbone, D, args.local_dim, use_bn, args.mask_stage, token_dim, args.in_chans)
     if process.world_size > 1 and process.device.type == "cuda":  # on CPUs each normalises its own batch
         online, branch = (timm.layers.convert_sync_batchnorm(encoder) for encoder in (online, branch))
     return online, branch
 
 
 def schedules(step: int, run: common.Run, args: argparse.Namespace) -> tuple[float, float, float]:
-    """Learning rate, momentum of the branch encoder and tau_b of a step."""
-    lr, warmup_steps = args.lr * run.effective_batch / 64, round(args.warmup_epochs * run.steps_per_epoch)
-    lr = common.cosine_schedule(lr, args.min_lr, step, run.total_steps, warmup_steps)
+    """Learning rate, momentum of the branch encoder and its temperature at a step."""
+    # A cosine over all steps, times a ramp from a hundredth over the first W; W = 0: no ramp.
+    lr = common.cosine_schedule(args.lr * run.effective_batch / 64, args.min_lr, step, run.total_steps)
+    W = round(args.warmup_epochs * run.steps_per_epoch)
+    if step < W:
+        lr *= 1 - (1 - step / W) * (1 - 0.01)
     momentum = common.cosine_schedule(args.momentum, 1.0, step, run.total_steps)
     epoch, warmup, temp = step // run.steps_per_epoch, args.warmup_teacher_temp_epochs, args.teacher_temp
-    if epoch < warmup:  # linear, epoch by epoch
-        temp = args.warmup_teacher_temp + (args.teacher_temp - args.warmup_teacher_temp) * (epoch / warmup)
+    if epoch < warmup:  # evenly spaced, epoch by epoch, from the first value to the last
+        temp = args.warmup_teacher_temp + (temp - args.warmup_teacher_temp) * epoch / max(1, warmup - 1)
     return lr, momentum, temp
 
 
-def draw_reconstruction(run: common.Run, images: Tensor, masked: Tensor, prediction: Tensor,
-                        mask: Tensor) -> None:
+def draw_reconstruction(run: common.Run, images: Tensor, masked: Tensor, prediction: Tensor, mask: Tensor,
+                        dtype: torch.dtype) -> None:
     """Writes reconstruction.png: up to 8 images, as the encoder saw them, with the masked blocks painted."""
     painted = torch.where(mask > 0, prediction.detach().float(), images)
-    run.draw("reconstruction.png", list(zip(images[:8], masked[:8], painted[:8], strict=True)))
+    run.draw("reconstruction.png", list(zip(images[:8], masked[:8], painted[:8], strict=True)), dtype)
 
 
 def train(args: argparse.Namespace, process: Process) -> None:
     """Trains the online encoder; writes checkpoints, backbone, log and pictures to --output_dir."""
     # Data
-    paths = common.list_images(args.data_path, exclude=args.output_dir)
-    common.check_images(paths, args.img_size)
-    run = common.Run(args, process, samples=len(paths), images=len(paths))
+    samples = common.load_samples(args, process, MILLIONAID_MEAN, MILLIONAID_STD)
+    run = common.Run(args, process, samples=len(samples), images=len(samples.paths))
     if args.moco_k < 2 * run.effective_batch:
         common.fail(f"--moco_k {args.moco_k}: must be at least twice the effective batch, "
                     f"{2 * run.effective_batch}: two keys per image")
-    if args.moco_k > len(paths) and process.is_main:
-        print(f"warning: --moco_k {args.moco_k}: more keys than the {len(paths)} images; the queue often "
+    if args.moco_k > len(samples) and process.is_main:
+        print(f"warning: --moco_k {args.moco_k}: more keys than the {len(samples)} images; the queue often "
               "holds older keys of the query's own image, as negatives", file=sys.stderr)
 
     # Networks: resumed, or started, and then the branch encoder starts as the online encoder
@@ -638,7 +641,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
     run.restore(online.backbone, online=online, branch=branch, memory=memory, optimizer=optimizer)
     ddp_online = common.distributed(online, process)
 
-    loader = run.loader(PairDataset(paths, args.img_size, args.seed))
+    loader = run.loader(PairDataset(samples, args.img_size, args.seed))
     map_side, s = args.img_size // STRIDE, args.img_size // args.mask_patch_size
     num_matches = args.num_matches or max(1, round(20 / 49 * map_side**2))
     advice = "Try a lower --lr, more --warmup_epochs, or a larger --momentum"
@@ -651,11 +654,12 @@ def train(args: argparse.Namespace, process: Process) -> None:
 
         for micro in range(args.accum_steps):
             # Two views of each image: of 2B rows, view 1 is the first half, view 2 the second.
-            crops, geometry = run.fetch()  # B x 2 x 3 x H x W, B x 2 x 5
+            crops, geometry = run.fetch()  # B x 2 x C x H x W, B x 2 x 5
             B, seed = len(crops), common.stream_seed(args.seed, "colour", step, micro, process.rank)
-            images = torch.cat(color_views(crops, args, seed))  # 2B x 3 x H x W
+            images = torch.cat(color_views(crops, args, seed))  # 2B x C x H x W
             if step == micro == 0:
-                run.draw("views.png", list(zip(*(view[:8] for view in images.chunk(2)), strict=True)))
+                pairs = list(zip(*(view[:8] for view in images.chunk(2)), strict=True))
+                run.draw("views.png", pairs, crops.dtype)
 
             # Put a view's mean colour where it is masked; match its positions with those of the other.
             blocks = draw_masks(2 * B, s, args.mask_ratio, common.generator(seed, "mask")).to(process.device)
@@ -708,7 +712,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         memory.center = memory.centers(torch.stack(means).mean(0))[-1]  # moves once a step
         memory.enqueue(torch.cat(keys).flatten(0, 1))
         if run.is_due(step):
-            draw_reconstruction(run, images[:B], masked[:B], prediction[:B], mask[:B])
+            draw_reconstruction(run, images[:B], masked[:B], prediction[:B], mask[:B], crops.dtype)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr, momentum=momentum,
                      teacher_temp=teacher_temp)
 

@@ -47,17 +47,16 @@ import argparse
 import math
 from functools import partial
 
-import timm.models
 import timm.optim
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed, resample_patch_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process, finite, not_negative, number, positive
+from common import Process, Samples, not_negative, number, positive
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -72,14 +71,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder of images, at any depth")
     add("--img_size", type=positive(int), nargs="+", default=[224], help="side of the crops, or height and "
         "width")
-    add("--in_chans", type=positive(int), default=3, help="1 for SAR, 12 for .npy files H x W x 12, or TIFF "
-        "files of 12 pages")
-    add("--mean", type=finite(float), nargs="+", default=common.IMAGENET_MEAN, help="of each channel, 8-bit "
-        "pixels in [0, 1], others in their units; leave it out, and the error gives values measured on the "
-        "images")
-    add("--std", type=positive(float), nargs="+", default=common.IMAGENET_STD, help="of each channel")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    common.add_pixel_flags(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="vit_base_patch16_224", help="a timm ViT with a class token, such as "
@@ -90,8 +82,8 @@ def get_parser() -> argparse.ArgumentParser:
         "state dict, or timm's pretrained weights by name; default: from scratch")
     add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
         "exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %% of "
-        "the encoder")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves tensors of "
+        "the encoder at their initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mask_ratio", type=number(float, lambda ratio: 0 < ratio < 1, "above 0 and below 1"), default=0.75,
@@ -143,55 +135,25 @@ class CropDataset(torch.utils.data.Dataset):
     """One crop of an image, drawn from (seed, epoch, index) alone.
 
     Args:
-        paths: the images.
+        samples: the images.
         size: height and width of the crop.
-        in_chans: C.
-        dtype: of the pixels; images of another are not mixed in.
         seed: of the run.
     """
 
-    def __init__(self, paths: list[str], size: tuple[int, int], in_chans: int, dtype: torch.dtype, seed: int):
-        self.paths, self.size, self.in_chans, self.dtype, self.seed = paths, size, in_chans, dtype, seed
+    def __init__(self, samples: Samples, size: tuple[int, int], seed: int):
+        self.samples, self.size, self.seed = samples, size, seed
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> Tensor:
-        """Returns a crop C x H x W."""
+        """Returns a crop C x H x W of the files' dtype."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
-        image = common.read_pixels(self.paths[index], self.in_chans)
-        if image.dtype != self.dtype:
-            raise common.UnreadableImageError(f"{self.paths[index]}: {image.dtype} among {self.dtype}")
+        image = self.samples[index]
         box = RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))  # top, left, height, width
         crop = resized_crop(image, *box, self.size, InterpolationMode.BICUBIC)
         return crop.flip(-1) if torch.rand(()) < 0.5 else crop
-
-
-def check_pixels(paths: list[str], args: argparse.Namespace) -> torch.dtype:
-    """The images' dtype; fails when --mean and --std are far from these channels', and says what they are."""
-    dtypes, pixels = [], []
-
-    def read(path: str) -> Tensor:
-        image = common.read_pixels(path, args.in_chans)
-        k = math.ceil(math.sqrt(image[0].numel() / 2**16))  # a grid of about 65,536 pixels at most
-        dtypes.append(image.dtype)
-        pixels.append(common.to_float(image[:, ::k, ::k]).flatten(1))
-        return image
-
-    common.check_images(paths, min(args.img_size), read)  # up to 32 of them
-    sample = torch.cat(pixels, 1)
-    dtype, own_mean, own_std = dtypes[0], sample.mean(1).tolist(), sample.std(1).tolist()
-    fits = len(args.mean) == len(args.std) == args.in_chans
-    for mean, std, m, s in zip(args.mean, args.std, own_mean, own_std, strict=False):
-        fits &= abs(m - mean) < 10 * std and s < 10 * std and (std < 10 * s or s == 0)
-    if not fits:
-        given = " ".join(map(str, args.mean))
-        mean = " ".join(f"{m:.4g}" for m in own_mean)
-        std = " ".join(f"{s or 1:.4g}" for s in own_std)  # 1 for a constant channel
-        common.fail(f"--mean {given}: --mean and --std do not fit the images' {args.in_chans} channels; "
-                    f"measured on some: --mean {mean} --std {std}")
-    return dtype
 
 
 def kept_patches(N: int, mask_ratio: float) -> int:
@@ -364,31 +326,11 @@ def convert_positions(pos_embed: Tensor, grid: tuple[int, int],
     return resampled, f"learned positions of {h} x {w} resampled to {now}, from now on fixed"
 
 
-def convert_projection(weight: Tensor, in_chans: int, p: int) -> tuple[Tensor, str]:
-    """Patch projection D x C x p x p of a file, for `in_chans` channels and patches of `p`, and in words.
-
-    Each new channel gets an equal share of the old ones' sum, so equal channels give the tokens they gave
-    before. But three become more as in timm, repeated and scaled: the first stay red, green and blue.
-    """
-    _, C, old_p, _ = weight.shape
-    words = []
-    if C != in_chans:
-        words.append(f"patch projection of {C} channels converted to {in_chans}")
-        if C == 3 < in_chans:
-            weight = timm.models.adapt_input_conv(in_chans, weight)
-        else:
-            weight = (weight.sum(1, keepdim=True) / in_chans).expand(-1, in_chans, -1, -1)
-    if old_p != p:
-        weight = resample_patch_embed(weight, [p, p])
-        words.append(f"patch projection of {old_p} px resampled to {p} px")
-    return weight, ", ".join(words) or "patch projection of the file"
-
-
 def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]:
     """Fills encoder and decoder from --init; returns a line on each: loaded, missing, converted.
 
-    Fails when under 90 % of the encoder are filled. The decoder starts fresh where the file has none, or one
-    of another shape.
+    Fails where a tensor of the encoder is missing or has another shape; channels, patches and positions are
+    converted. The decoder starts fresh where the file has none, or one of another shape.
     """
     vit = network.backbone
     state, info = common.read_weights(args.init, args.checkpoint_key, "--init", whole=True)
@@ -396,13 +338,11 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     encoder = {name: x for name, x in state.items() if not name.startswith(("decoder_", "mask_token"))}
     decoder = {name: x for name, x in state.items() if name not in encoder and name != "decoder_pos_embed"}
 
-    words, same_patches, p = [], True, vit.patch_embed.patch_size[0]
+    words, same_patches = [], True
     weight, pos_embed = encoder.get("patch_embed.proj.weight"), encoder.get("pos_embed")
     if weight is not None and weight.ndim == 4 and len(weight) == vit.embed_dim:  # else of another arch
         # Other patches: the decoder's last layer predicts other pixels, even where its shape is the same.
         same_patches = weight.shape == vit.patch_embed.proj.weight.shape
-        encoder["patch_embed.proj.weight"], how = convert_projection(weight, args.in_chans, p)
-        words.append(how)
         if pos_embed is not None and pos_embed.ndim == 3 and pos_embed.shape[2] == vit.embed_dim:
             size = info.get("img_size")
             old_grid = tuple(side // weight.shape[-1] for side in size) if isinstance(size, tuple) else None
@@ -415,8 +355,9 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
     lines = ["; ".join([report, *words])]
 
     own = {name: x for name, x in network.state_dict().items() if not name.startswith("backbone.")}
-    fits = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape
-            and (same_patches or not name.startswith("decoder_pred"))}
+    if not same_patches:
+        decoder = {name: x for name, x in decoder.items() if not name.startswith("decoder_pred")}
+    fits = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape}
     network.load_state_dict(fits, strict=False)
     report = "decoder: none in the file, starts fresh"
     if decoder:
@@ -459,8 +400,6 @@ def draw_pictures(run: common.Run, name: str, patches: Tensor, mask: Tensor, pre
                   p: int, grid: tuple[int, int], dtype: torch.dtype) -> None:
     """Draws a row for each of up to 8 images: itself, what the encoder sees, the prediction elsewhere.
 
-    8-bit RGB is shown as it is, all else from -2 to 2 deviations: three channels, or the first in grey.
-
     Args:
         run: whose folder gets the picture.
         name: of the file.
@@ -480,11 +419,7 @@ def draw_pictures(run: common.Run, name: str, patches: Tensor, mask: Tensor, pre
             prediction = prediction * std + mean
         columns.append(torch.where(masked, prediction, patches))
     columns = [unpatchify(column, p, grid) for column in columns]
-    mean, std = args.mean, args.std
-    if args.in_chans != 3 or dtype != torch.uint8:
-        columns = [x[:, :3] if args.in_chans >= 3 else x[:, :1].expand(-1, 3, -1, -1) for x in columns]
-        mean, std = (0.5,) * 3, (0.25,) * 3
-    run.draw(name, list(zip(*columns, strict=True)), mean, std)
+    run.draw(name, list(zip(*columns, strict=True)), dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -495,9 +430,8 @@ def draw_pictures(run: common.Run, name: str, patches: Tensor, mask: Tensor, pre
 def train(args: argparse.Namespace, process: Process) -> None:
     """Trains the autoencoder; writes checkpoints, encoder, log and pictures to --output_dir."""
     # Data
-    paths = common.list_images(args.data_path, exclude=args.output_dir, suffixes=common.PIXEL_SUFFIXES)
-    dtype = check_pixels(paths, args)
-    run = common.Run(args, process, samples=len(paths), images=len(paths))
+    samples = common.load_samples(args, process, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    run = common.Run(args, process, samples=len(samples), images=len(samples.paths))
 
     # Network: resumed, or started, from --init or from scratch
     network = build_network(args)
@@ -516,7 +450,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         network.compile()
     model = common.distributed(network, process)
 
-    loader = run.loader(CropDataset(paths, args.img_size, args.in_chans, dtype, args.seed))
+    loader = run.loader(CropDataset(samples, args.img_size, args.seed))
     base_lr = args.lr * run.effective_batch / 256
     warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
     advice = "Try a lower --lr or more --warmup_epochs"
@@ -529,7 +463,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
 
         for micro in range(args.accum_steps):
             crops = run.fetch()  # B x C x H x W
-            images = common.normalize(common.to_float(crops), args.mean, args.std)
+            images = common.to_float(crops, args.mean, args.std)
+            images = common.normalize(images, args.mean, args.std, crops.dtype)
             # Which patches the encoder sees: others for each image.
             masking = random_masking(len(images), N, args.mask_ratio,
                                      common.generator(args.seed, "mask", step, micro, process.rank))
@@ -538,7 +473,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
             patches = patchify(images, p)  # B x N x (p * p * C)
             target = normalize_patches(patches)[0] if args.norm_pix_loss else patches
             if step == micro == 0:
-                draw_pictures(run, "views.png", patches, mask, None, p, grid, dtype)
+                draw_pictures(run, "views.png", patches, mask, None, p, grid, crops.dtype)
             with common.accumulating(model, micro, args.accum_steps):
                 with run.autocast:
                     prediction, features = model(images, ids_keep, ids_restore)  # B x N x (p * p * C), B x D
@@ -552,7 +487,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         grad_norm = common.grad_norm(optimizer, scaler)
         common.optimizer_step(optimizer, scaler)
         if run.is_due(step):
-            draw_pictures(run, "reconstruction.png", patches, mask, prediction, p, grid, dtype)
+            draw_pictures(run, "reconstruction.png", patches, mask, prediction, p, grid, crops.dtype)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
 

@@ -75,7 +75,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--checkpoint_key", help="network of a checkpoint to take, such as student; default: the one that "
         "its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--nb_knn", type=positive(int), nargs="+", help="k; DINO-MC's authors took 5 10 15 20; default: 10 "
@@ -101,18 +102,20 @@ NB_KNN = [10, 20, 100, 200]  # DINO's k's
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-def class_folders(root: Path) -> dict[str, list[str]]:
-    """Class name -> its images, by the folders in `root`."""
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
+def class_folders(root: Path, exclude: Path | None = None,
+                  bands: list[int | str] | None = None) -> dict[str, list[str]]:
+    """Class name -> its images, by the folders in `root`; without `exclude` and the output of runs."""
+    folders = sorted(folder for folder in root.iterdir() if common.is_data(folder, exclude))
     names = [folder.name for folder in folders]
     if names and {name.lower() for name in names} <= SPLIT_NAMES:
         common.fail(f"--data_path: {root} holds {', '.join(names)}, no classes; call them train and val")
     if len(folders) < 2:
         common.fail(f"--data_path: {root} has {len(folders)} class folders, two or more are needed")
-    return {folder.name: common.list_images(folder, suffixes=common.PIXEL_SUFFIXES) for folder in folders}
+    return {folder.name: common.list_images(folder, exclude, bands=bands) for folder in folders}
 
 
-def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[list, list, list[str], str]:
+def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Path | None = None,
+               bands: list[int | str] | None = None) -> tuple[list, list, list[str], str]:
     """Training and test images as (path, class number), the class names, and the split in words."""
     root = Path(data_path)
     if not root.is_dir():
@@ -121,12 +124,13 @@ def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[li
         name = next((name for name in ("val", "test") if (root / name).is_dir()), None)
         if name is None:
             common.fail(f"--data_path {root}: has train/ but neither val/ nor test/")
-        train, test, split = class_folders(root / "train"), class_folders(root / name), f"train/{name}"
+        train, test = (class_folders(root / part, exclude, bands) for part in ("train", name))
+        split = f"train/{name}"
         if unknown := sorted(set(test) - set(train)):
             common.fail(f"--data_path {root}: {name}/ has classes that train/ lacks: {', '.join(unknown)}")
     else:
         train, test, split = {}, {}, f"{val_fraction:g} of each class, split_seed {split_seed}"
-        for name, paths in class_folders(root).items():
+        for name, paths in class_folders(root, exclude, bands).items():
             generator = torch.Generator().manual_seed(common.stream_seed(split_seed, "split", name))
             order = torch.randperm(len(paths), generator=generator).tolist()
             count = max(1, round(val_fraction * len(paths)))
@@ -142,8 +146,9 @@ def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[li
 class LabelledImages(torch.utils.data.Dataset):
     """Images, the shorter side resized to 256/224 of `img_size`, then cut to it at the centre."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int):
-        self.samples, self.img_size, self.in_chans = samples, img_size, in_chans
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int,
+                 bands: list[int | str] | None = None):
+        self.samples, self.img_size, self.in_chans, self.bands = samples, img_size, in_chans, bands
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -155,7 +160,7 @@ class LabelledImages(torch.utils.data.Dataset):
         """
         path, label = self.samples[index]
         try:
-            image = common.read_pixels(path, self.in_chans)
+            image = common.read_image(path, self.in_chans, self.bands)
         except common.UnreadableImageError as error:
             return torch.zeros(self.in_chans, self.img_size, self.img_size), -1, str(error)
         return common.to_float(self.crop(image)).contiguous(), label, ""
@@ -221,7 +226,7 @@ def _prepare(name: str, state: dict, info: dict, args: argparse.Namespace, drop_
     torch.manual_seed(args.seed)
     built_size = built_size if isinstance(built_size, tuple) else img_size  # its positions are of that grid
     patch_size = args.patch_size or info.get("patch_size")
-    model = common.build_backbone(arch, built_size, patch_size, drop_path, len(mean))
+    model = common.build_backbone(arch, built_size, patch_size, drop_path, len(mean), info.get("global_pool"))
     report = f"{name}: initial weights of seed {args.seed}"
     if state:
         report = common.load_backbone(model, state, name, args.allow_partial)
@@ -374,7 +379,7 @@ def main() -> None:
         lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
                       "split": split, "img_size": backbone.img_size, "temperature": args.temperature,
-                      "amp": args.amp, "seed": args.seed, **result,
+                      "amp": args.amp, "seed": args.seed, "loading": backbone.report, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])

@@ -107,7 +107,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--drop_path", type=unit(float), default=0.0, help="of the backbone in --finetune")
     add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
@@ -201,8 +202,9 @@ def random_crop(image: Tensor, img_size: int) -> Tensor:
 class CropsOfPass(LabelledImages):
     """As LabelledImages, with random crops, drawn from (seed, number of the pass, index) alone."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int):
-        super().__init__(samples, img_size, in_chans)
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int,
+                 bands: list[int | str] | None = None):
+        super().__init__(samples, img_size, in_chans, bands)
         self.seed, self.number = seed, number
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
@@ -224,11 +226,13 @@ class FinetuneImages(torch.utils.data.Dataset):
         in_chans: channels.
         rand_augment: strength of RandAugment's two operations, from 0 (none) to 10.
         seed: of the run.
+        bands: see common.read_image.
     """
 
     def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, rand_augment: float,
-                 seed: int):
+                 seed: int, bands: list[int | str] | None = None):
         self.samples, self.img_size, self.in_chans, self.seed = samples, img_size, in_chans, seed
+        self.bands = bands
         self.augment = None
         if rand_augment:
             self.augment = RandAugment(2, round(100 * rand_augment), 1001, fill=[127.0] * in_chans)
@@ -241,7 +245,7 @@ class FinetuneImages(torch.utils.data.Dataset):
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
         path, label = self.samples[index]
-        crop = random_crop(common.read_pixels(path, self.in_chans), self.img_size)
+        crop = random_crop(common.read_image(path, self.in_chans, self.bands), self.img_size)
         if self.augment:
             if crop.dtype != torch.uint8:
                 raise common.UnreadableImageError(f"{path}: --rand_augment is for 8-bit pixels")
@@ -291,15 +295,18 @@ class LastBlocks(nn.Module):
 
 
 def with_features(backbone: Backbone, name: str, n_last_blocks: int | None, avgpool: bool) -> Backbone:
-    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is."""
+    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is.
+
+    A ViT with fc_norm has no norm for class tokens: it stays as it is, too.
+    """
     vit = backbone.model
-    if isinstance(vit, VisionTransformer) and vit.has_class_token:
+    if isinstance(vit, VisionTransformer) and vit.has_class_token and isinstance(vit.fc_norm, nn.Identity):
         n = n_last_blocks or min(4, len(vit.blocks))
         if n > len(vit.blocks):
             common.fail(f"--n_last_blocks {n}: {name} has {len(vit.blocks)}")
         return replace(backbone, model=LastBlocks(vit, n, avgpool))
     if (n_last_blocks or avgpool) and not isinstance(vit, ImageStats):
-        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token")
+        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token, or has fc_norm")
     return backbone
 
 
@@ -633,7 +640,7 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
     head = {"weight": weights[0], "bias": weights[1], "classes": classes, "img_size": backbone.img_size,
             "n_last_blocks": getattr(features, "n_last_blocks", 0),
             "avgpool": getattr(features, "avgpool", False)}
-    size = backbone.model.model_args.get("img_size", backbone.img_size)  # of a ViT: that of its positions
+    size = backbone.model.built_for  # of a ViT: that of its positions
     common.export_backbone(backbone.model, out / "backbone", size, backbone.mean, backbone.std)
     common.write_atomically(out / "head.pth", partial(torch.save, head))
 
@@ -678,8 +685,9 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
             save_head(out, backbone, model.model, head, classes)
         lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "data": args.data_path, "split": split,
-                      "img_size": backbone.img_size, "seed": args.seed, "settings": settings, **result,
-                      **figures, "seconds": round(time.perf_counter() - began, 1), "versions": versions})
+                      "img_size": backbone.img_size, "seed": args.seed, "settings": settings,
+                      "loading": backbone.report, **result, **figures,
+                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])
     if process.is_main:

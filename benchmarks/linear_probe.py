@@ -78,7 +78,8 @@ def main() -> None:
 
     def one_by_one() -> tuple[Tensor, Tensor]:
         single = [plain_head(lambda batch: x[batch], labels, 512, lr, epochs) for lr in lrs]
-        return tuple(torch.stack([getattr(head, part).data for head in single]) for part in ("weight", "bias"))
+        return tuple(torch.stack([getattr(head, part).data for head in single])
+                     for part in ("weight", "bias"))
 
     began = time.perf_counter()
     heads(x, labels, lrs, 100)

@@ -27,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 # What a tiny run needs; `test_vit` and `test_resnet` are timm's own miniature models.
 SMALL = "--img_size 32 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1".split()
-SMALL += ["--num_workers", "0", "--device", "cpu"]
+SMALL += ["--num_workers", "0", "--device", "cpu", "--amp", "off"]
 METHOD = {
     "dino_mc": "--out_dim 64 --local_crops_number 2".split(),
     "mhcl": "--moco_k 16 --bn_groups 2".split(),

@@ -32,6 +32,9 @@ def make_args(*flags):
     flags = ["--data_path", "x", "--output_dir", "x", *tiny("dspt_mae", *flags)]
     args = dspt_mae.get_parser().parse_args([*map(str, flags)])
     dspt_mae.check_args(args)
+    common.check_bands(args)
+    args.mean = args.mean or common.IMAGENET_MEAN  # as load_samples does
+    args.std = args.std or common.IMAGENET_STD
     return args
 
 
@@ -153,8 +156,8 @@ def test_a_vit_without_biases_in_its_projection_trains():
 
 
 def test_crops_follow_from_seed_epoch_and_index(scenes):
-    paths = common.list_images(scenes / "train")
-    a, b, other = (CropDataset(paths, (16, 24), 3, torch.uint8, seed) for seed in (3, 3, 4))
+    samples = common.Samples(common.list_images(scenes / "train"))
+    a, b, other = (CropDataset(samples, (16, 24), seed) for seed in (3, 3, 4))
     crop = a[2, 5]
     assert crop.shape == (3, 16, 24) and crop.dtype == torch.uint8 and torch.equal(crop, b[2, 5])
     assert not torch.equal(crop, a[3, 5]) and not torch.equal(crop, other[2, 5])
@@ -164,123 +167,11 @@ def test_crop_is_torchvisions_resized_crop_of_the_drawn_box(tmp_path):
     """On a ramp the crop's ends tell the box: its area is .2 to 1 of the image; half are mirrored."""
     ramp = np.tile(np.arange(0, 252, 4, dtype=np.uint8), (63, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    dataset = CropDataset([str(tmp_path / "ramp.png")], (63, 63), 3, torch.uint8, 0)
+    dataset = CropDataset(common.Samples([str(tmp_path / "ramp.png")]), (63, 63), 0)
     crops = torch.stack([dataset[epoch, 0] for epoch in range(300)]).float()
     widths = (crops[:, 0, 30, -1] - crops[:, 0, 30, 0]) / 4
     assert 120 < int((widths < 0).sum()) < 180
     assert widths.abs().max() >= 58 and 20 < widths.abs().min() < 30  # sqrt(.2 * 3 / 4) * 63 = 24
-
-
-def write_pixels(path, kind):
-    """Writes one image of a kind, seeded by the path's name; returns what the file holds, H x W x C."""
-    rng = np.random.default_rng(len(path.name) + ord(path.name[0]))
-    noise = rng.normal(size=(40, 40, 4)).astype(np.float32).cumsum(0).cumsum(1)
-    byte = ((noise - noise.min()) / np.ptp(noise) * 255).astype(np.uint8)
-    array = {"float32": noise, "uint8": byte, "uint16": byte.astype(np.uint16) * 100}[kind.split()[1]]
-    array = array[..., : int(kind[-1])]
-    if kind.startswith("npy"):
-        np.save(path.with_suffix(".npy"), array)
-    elif kind.startswith("pages"):
-        first, *others = (Image.fromarray(array[..., c]) for c in range(array.shape[2]))
-        first.save(path.with_suffix(".tif"), save_all=True, append_images=others)
-    else:
-        picture = Image.fromarray(array.squeeze())
-        picture.save(path.with_suffix(".png" if array.dtype == np.uint8 else ".tif"))
-    return array
-
-
-KINDS = ["npy float32 4", "npy uint8 2", "npy uint16 1", "tiff float32 1", "tiff uint16 1", "pages uint8 4"]
-KINDS += ["png uint8 4", "png uint8 1"]
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_channels_are_read_as_they_are(tmp_path, kind):
-    array = write_pixels(tmp_path / "a", kind)
-    path, C = next(tmp_path.iterdir()), array.shape[2]
-    pixels = common.read_pixels(path, C)
-    assert pixels.dtype == (torch.uint8 if array.dtype == np.uint8 else torch.float32)
-    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), array.astype(pixels.numpy().dtype))
-    with pytest.raises(common.UnreadableImageError, match="not H x W x 7"):
-        common.read_pixels(path, 7)
-
-
-def test_pixels_that_cannot_be_used_are_unreadable(tmp_path):
-    np.save(tmp_path / "nan.npy", np.full((8, 8), np.nan, np.float32))
-    np.save(tmp_path / "code.npy", np.array([{}], dtype=object), allow_pickle=True)
-    (tmp_path / "text.npy").write_text("no array")
-    np.save(tmp_path / "deep.npy", np.zeros((2, 8, 8, 1)))
-    np.save(tmp_path / "complex.npy", np.zeros((8, 8), np.complex64))
-    reasons = {"nan": "NaN or infinite", "code": "pickle", "text": "", "deep": "2 x 8 x 8 x 1 pixels"}
-    for name, reason in (reasons | {"complex": "complex pixels"}).items():
-        with pytest.raises(common.UnreadableImageError, match=f"{name}.npy: .*{reason}"):
-            common.read_pixels(tmp_path / f"{name}.npy", 1)
-    Image.new("RGB", (8, 8), (255, 0, 0)).save(tmp_path / "red.png")
-    assert common.read_pixels(tmp_path / "red.png", 1).unique().tolist() == [76]  # luma
-    assert common.read_pixels(tmp_path / "red.png", 3).shape == (3, 8, 8)
-
-
-def test_pages_are_bands_where_they_are_of_one_size(tmp_path):
-    pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (10, 100, 200)]
-    pages[0].save(tmp_path / "bands.tif", save_all=True, append_images=pages[1:])
-    assert common.read_pixels(tmp_path / "bands.tif", 3)[:, 0, 0].tolist() == [10, 100, 200]
-    for read in (common.read_image, lambda path: common.read_pixels(path, 1)):
-        with pytest.raises(common.UnreadableImageError):
-            read(tmp_path / "bands.tif")
-    colour = Image.new("RGB", (8, 8), (1, 2, 3))
-    overviews = [colour.resize((side, side)) for side in (4, 2)]
-    colour.save(tmp_path / "overviews.tif", save_all=True, append_images=overviews)
-    for read in (common.read_image, common.read_pixels):
-        assert read(tmp_path / "overviews.tif")[:, 0, 0].tolist() == [1, 2, 3]
-
-
-@pytest.mark.parametrize("mean, std, fits", [(100, 10, True), (120, 50, True), (0.4, 0.1, False),
-                                             (100, 1000, False), (100, 0.5, False), (500, 30, False)])
-def test_mean_and_std_far_from_the_images_are_refused(tmp_path, capsys, mean, std, fits):
-    for i in range(4):
-        pixels = np.random.default_rng(i).normal(100, 10, (40, 40)).astype(np.float32)
-        np.save(tmp_path / f"{i}.npy", np.dstack([pixels, np.full_like(pixels, 7)]))  # the second is constant
-    args = make_args("--in_chans", 2, "--mean", mean, 7, "--std", std, 1)
-    paths = sorted(map(str, tmp_path.glob("*.npy")))
-    if fits:
-        assert dspt_mae.check_pixels(paths, args) == torch.float32
-    else:
-        with pytest.raises(SystemExit):
-            dspt_mae.check_pixels(paths, args)
-        words = capsys.readouterr().err.split("measured on some: ")[1].split()
-        assert words[0::3] == ["--mean", "--std"] and words[2] == "7" and words[5] == "1"
-
-
-def test_pixels_of_another_type_are_not_mixed_in(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((40, 40), np.float32))
-    dataset = CropDataset([str(tmp_path / "a.npy")], (32, 32), 1, torch.uint8, 0)
-    with pytest.raises(common.UnreadableImageError, match="torch.float32 among torch.uint8"):
-        dataset[0, 0]
-
-
-@pytest.mark.parametrize("kind", ["npy float32 4", "tiff uint16 1", "pages uint8 4"])
-def test_runs_on_any_channels_and_the_backbone_is_evaluated(run, tmp_path, capsys, kind):
-    """mean and std are asked for, with values measured on the images; with these the run works."""
-    arrays, C = [], int(kind[-1])
-    for part in ("train/a", "train/b", "val/a", "val/b"):
-        (tmp_path / "data" / part).mkdir(parents=True)
-        arrays += [write_pixels(tmp_path / "data" / part / str(i), kind) for i in range(3)]
-    base = ["--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--in_chans", C]
-    base += tiny("dspt_mae", "--max_steps", "3")
-    with pytest.raises(SystemExit):
-        run("dspt_mae", *base)
-    words = capsys.readouterr().err.split("measured on some: ")[1].split()
-    values = np.array(words[1 : 1 + C] + words[2 + C :], float)
-    pixels = np.stack(arrays).reshape(-1, C) / (255 if arrays[0].dtype == np.uint8 else 1)
-    np.testing.assert_allclose(values, np.concatenate([pixels.mean(0), pixels.std(0)]), rtol=2e-3)
-    run("dspt_mae", *base, *words)
-    assert math.isfinite(read_log(tmp_path / "out")[-1]["loss"])
-    assert Image.open(tmp_path / "out" / "reconstruction.png").size == (3 * 34 + 2, 4 * 34 + 2)
-    vit = timm.create_model(f"local-dir:{tmp_path}/out/backbone", pretrained=True, num_classes=0)
-    assert vit(torch.rand(1, C, 32, 32)).shape == (1, 64)
-    flags = ["--nb_knn", 1, "--output_dir", tmp_path, "--num_workers", 0, "--weights", tmp_path / "out"]
-    run("eval_knn", "--data_path", tmp_path / "data", *flags, "image_stats")
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(r["train_images"], r["test_images"]) for r in results] == [(6, 6)] * 2
 
 
 # ------------------------------------------------------------------ weights to continue from
@@ -321,7 +212,7 @@ FROZEN = ["--lr", "1e-30", "--weight_decay", "0", "--max_steps", "1"]
 
 def test_public_checkpoint_fills_encoder_and_decoder(mae, tmp_path):
     network, lines = init_from(tmp_path / "mae.pth", "--seed", "1")
-    assert "0 missing, 0 not used; patch projection of the file; fixed positions of" in lines[0]
+    assert "0 missing, 0 not used; fixed positions of the file" in lines[0]
     assert lines[1:] == ["decoder: 19 of 19 tensors loaded, 0 missing, 0 not used"]
     assert_same(network.state_dict(), mae.state_dict())
     images, (ids_keep, ids_restore, _) = rand(2, 3, 32, 32), masking(2, 16)
@@ -427,7 +318,7 @@ def test_learned_positions_of_a_grid_that_is_not_square(tmp_path):
 
 def test_another_patch_size_and_other_channels_convert_the_projection(mae, tmp_path):
     network, lines = init_from(tmp_path / "mae.pth", "--patch_size", 16, "--img_size", 64)
-    assert "patch projection of 8 px resampled to 16 px" in lines[0] and "0 missing" in lines[0]
+    assert "patches of 8 x 8 px resampled to 16 x 16" in lines[0] and "0 missing" in lines[0]
     assert "17 of 19" in lines[1] and "2 missing (decoder_pred.bias, decoder_pred.weight)" in lines[1]
     # A smooth image gives nearly the same tokens with larger patches as, at half the size, with the file's.
     ramp = torch.linspace(-1, 1, 64).expand(1, 3, 64, 64)
@@ -440,7 +331,8 @@ def test_another_patch_size_and_other_channels_convert_the_projection(mae, tmp_p
                                                                               images[1])):
         flags = ["--in_chans", C, "--mean", *[0.5] * C, "--std", *[0.5] * C]
         network, lines = init_from(tmp_path / "mae.pth", *flags)
-        assert f"of 3 channels converted to {C}" in lines[0] and "decoder: 17 of 19" in lines[1]
+        assert f"patch_embed.proj.weight: 3 channels converted to {C}" in lines[0]
+        assert "decoder: 17 of 19" in lines[1]
         torch.testing.assert_close(network.backbone(ours), mae.backbone(theirs), atol=1e-5, rtol=1e-4)
 
 
@@ -450,16 +342,6 @@ def test_patches_of_equal_length_but_other_shape_start_a_fresh_prediction_layer(
     _, lines = init_from(tmp_path / "mae.pth")
     assert "2 missing (decoder_pred.bias, decoder_pred.weight)" in lines[1]
     assert "12 channels converted to 3" in lines[0] and "0 missing" in lines[0]
-
-
-@pytest.mark.parametrize("C, in_chans", [(1, 3), (1, 12), (12, 3), (12, 1), (4, 12), (3, 1), (3, 2)])
-def test_between_any_channels_equal_ones_give_the_same_tokens(C, in_chans):
-    weight = rand(8, C, 4, 4)
-    converted, words = dspt_mae.convert_projection(weight, in_chans, 4)
-    assert words == f"patch projection of {C} channels converted to {in_chans}"
-    grey = rand(1, 1, 4, 4, seed=1)
-    before, after = (F.conv2d(grey.expand(-1, w.shape[1], -1, -1), w) for w in (weight, converted))
-    torch.testing.assert_close(after, before)
 
 
 def test_half_precision_weights_and_other_pixels_are_taken(mae, tmp_path):
@@ -536,7 +418,7 @@ def naive_training(paths, micro_batch, normalised):
     network = dspt_mae.build_network(make_args(*STEPS))
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     first, second = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
-    dataset, figures = CropDataset(paths, (32, 32), 3, torch.uint8, 0), []
+    dataset, figures = CropDataset(common.Samples(paths), (32, 32), 0), []
     order = torch.randperm(len(paths), generator=common.generator(0, "order", 0)).tolist()
     for step in range(3):
         errors, flats, spread = [], [], []
@@ -641,11 +523,12 @@ def test_reconstruction_shows_the_prediction_in_pixels(tmp_path, flag, dtype):
     images = common.normalize(torch.rand(2, 3, 32, 32, generator=generator()), args.mean, args.std)
     patches, mask = dspt_mae.patchify(images, 8), masking(2, 16)[2]
     target = dspt_mae.normalize_patches(patches)[0] if args.norm_pix_loss else patches
-    run = SimpleNamespace(args=args, draw=lambda name, *more: common.save_grid(tmp_path / name, *more))
+    run = SimpleNamespace(args=args, draw=lambda name, rows, dtype: common.save_grid(
+        tmp_path / name, rows, args.mean, args.std, dtype))
     dspt_mae.draw_pictures(run, "a.png", patches, mask, target, 8, (4, 4), dtype)
     picture = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
     source, masked, painted = (picture[2:34, 2 + 34 * column :][:, :32] for column in range(3))
-    mean, std = (args.mean, args.std) if dtype == torch.uint8 else (0.5, 0.25)
+    mean, std = (args.mean, args.std) if dtype == torch.uint8 else (0.5, 1 / 6)
     shown = images[0].permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)
     assert np.abs(source - 255 * shown.clamp(0, 1).numpy()).max() <= 1
     assert np.abs(source - painted).max() <= 1 and np.abs(source - masked).max() > 50

@@ -392,6 +392,14 @@ def test_finetuning_regularises_as_asked_and_follows_its_schedule(run, scenes, t
         assert lines(flag, "1" if flag == "--erase" else value)[0]["loss"] != plain[0]["loss"], flag
 
 
+def test_each_micro_batch_has_draws_of_its_own(run, scenes, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(eval_linear, "erase_and_mix", lambda images, targets, C, args: (
+        seeds.append(torch.initial_seed()) or images, targets))
+    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--accum_steps", "2", "--max_steps", "3"))
+    assert len(set(seeds)) == len(seeds) == 6
+
+
 def test_layer_decay_lowers_the_rate_of_early_layers(run, scenes, tmp_path):
     flags = [*VIT, "--layer_decay", ".5", "--max_steps", "4", "--log_every", "1"]
     run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, *flags))

@@ -1,5 +1,6 @@
 """Runs that are killed, stopped, started twice, starved of space or fed bad files."""
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -392,9 +393,9 @@ def bad_images(folder, good):
         "truncated.jpg": "truncated",
         "text.png": "cannot identify image file",
         "html.jpg": "cannot identify image file",
-        "deep.png": "16-bit or float pixels",
-        "float.tif": "16-bit or float pixels",
-        "bands.tif": "2 pages of one size",
+        "deep.png": "1 band, not 3",
+        "float.tif": "1 band, not 3",
+        "bands.tif": "6 bands, not 3",
         "bomb.png": "exceeds limit",
         "dangling.png": "No such file",
     }
@@ -570,8 +571,9 @@ def evil_files(path, done):
 def test_no_loading_path_runs_code(run, capsys, scenes, tmp_path):
     path, done = tmp_path / "checkpoint.pth", tmp_path / "done"
     for _ in evil_files(path, done):
-        with pytest.raises(ValueError, match="would run code"):
+        with contextlib.suppress(ValueError):
             common.load_checkpoint(path)
+        assert not done.exists()
     paths = {
         "--init": base("mhcl", scenes, tmp_path / "o", "--init", path),
         "resume": base("mhcl", scenes, tmp_path),
@@ -590,22 +592,19 @@ def test_no_loading_path_runs_code(run, capsys, scenes, tmp_path):
         1,
     ]
     for script, *flags in paths.values():
-        refused(run, capsys, script, flags, "would run code")
+        refused(run, capsys, script, flags, "error: --")
     shutil.copy(path, tmp_path / "head.pth")
     flags = ["--predict", scenes / "val", "--weights", tmp_path, "--output_dir", tmp_path / "e"]
-    refused(run, capsys, "eval_linear", flags, "would run code")
+    refused(run, capsys, "eval_linear", flags, "error: --")
     with open(tmp_path / "evil.npy", "wb") as file:
         np.save(file, np.array([Evil(done)], dtype=object), allow_pickle=True)
-    with pytest.raises(common.UnreadableImageError, match="allow_pickle"):
-        common.read_pixels(tmp_path / "evil.npy")
+    with pytest.raises(common.UnreadableImageError, match="Python objects"):
+        common.read_image(tmp_path / "evil.npy")
     assert not done.exists()
     code = {path.name: path.read_text() for path in ROOT.glob("*.py")}
-    assert (
-        sum(text.count("torch.load(") for text in code.values())
-        == code["common.py"].count("torch.load(")
-        == 1
+    assert not any(
+        re.search(r"torch\.load\(|pickle\.loads?\(|allow_pickle=True", text) for text in code.values()
     )
-    assert not any(re.search(r"pickle\.loads?\(|allow_pickle=True", text) for text in code.values())
 
 
 # --------------------------------------------------------------------------------------------------
