@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
 import pickle
 import random
@@ -240,10 +241,16 @@ def test_processes_find_each_other_in_a_store_with_the_keys_of_dead_ones(tmp_pat
     assert codes == [0, 0], text
 
 
-@pytest.mark.parametrize("script", TOY_AND_SLOWLY_ALL)
+def start_workers(method):
+    multiprocessing.set_start_method(method, force=True)
+
+
+@pytest.mark.parametrize("script", [*TOY_AND_SLOWLY_ALL, "toy spawn"])
 def test_ctrl_c_stops_the_run_with_a_checkpoint_and_leaves_no_process(scenes, tmp_path, script):
-    flags = ["--epochs", 40, "--save_every", 100, "--log_every", 1, "--num_workers", 2]
-    run = Start(tmp_path, *base(script, scenes, tmp_path, *flags))
+    """Workers outlive the signal, whether they inherit its handler (fork) or not (spawn)."""
+    script, method = [*script.split(), "fork"][:2]
+    flags = ["--epochs", 40, "--save_every", 100, "--log_every", 1, "--num_workers", 1]
+    run = Start(tmp_path, *base(script, scenes, tmp_path, *flags), prepare=(start_workers, method))
     wait_for(run, tmp_path / "log.jsonl", 3)
     run.signal(signal.SIGINT)  # to the workers too, as from a terminal
     last = read_log(tmp_path)[-1]["step"]

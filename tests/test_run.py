@@ -353,6 +353,15 @@ def send(number, at, times=1):
     return more_terms
 
 
+@pytest.fixture(autouse=True)
+def usual_handlers():
+    """Those of a process that was started without nohup."""
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in common.STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def handlers():
     return [signal.getsignal(number) for number in common.STOP_SIGNALS]
 
@@ -384,11 +393,8 @@ def test_ctrl_c_again_ends_the_run_at_once(tmp_path, saves):
 
 
 def test_nohup_is_heeded(tmp_path):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert not start(tmp_path, "--max_steps", 5, more_terms=send(signal.SIGHUP, 2)).stopped
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert not start(tmp_path, "--max_steps", 5, more_terms=send(signal.SIGHUP, 2)).stopped
 
 
 # ------------------------------------------------------------------ tensorboard
