@@ -343,15 +343,15 @@ def band(word: str) -> int | str:
     return int(word) if word.isdigit() else word
 
 
-def check_bands(args: argparse.Namespace) -> None:
-    """Fails where --bands contradict each other or --in_chans; sets args.in_chans, by default 3."""
+def check_bands(args: argparse.Namespace, default: int | None = 3) -> None:
+    """Fails where --bands contradict each other or --in_chans; sets args.in_chans, else to `default`."""
     if args.bands:
         words = " ".join(map(str, args.bands))
         if len({type(one) for one in args.bands}) > 1 or 0 in args.bands:
             fail(f"--bands {words}: numbers from 1, or names, not both")
         if args.in_chans not in (None, len(args.bands)):
             fail(f"--in_chans {args.in_chans}: --bands {words} are {len(args.bands)}; leave it out")
-    args.in_chans = len(args.bands) if args.bands else args.in_chans or 3
+    args.in_chans = len(args.bands) if args.bands else args.in_chans or default
 
 
 def is_named(bands: Sequence[int | str] | None) -> bool:
@@ -826,9 +826,18 @@ class PixelStats:
     std: list[float]
     sides: list[int]
 
+    def fit(self, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """False where a mean is ten deviations off, or a deviation ten times too large or too small."""
+        return all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
+                   in zip(mean, std, self.mean, self.std, strict=True))
+
     def flags(self) -> str:
         """Mean and standard deviation as they can be given to a script."""
         return f"--mean {plain_decimals(self.mean)} --std {plain_decimals(self.std)}"
+
+    def words(self) -> str:
+        """Mean and standard deviation for scripts without these flags."""
+        return f"mean {plain_decimals(self.mean)}, std {plain_decimals(self.std)}"
 
 
 def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
@@ -884,9 +893,7 @@ def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float]
     if args.mean or args.std:
         if not len(args.mean or []) == len(args.std or []) == samples.in_chans:
             fail(f"--mean, --std: give {samples.in_chans} values for each, or neither")
-        fits = all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
-                   in zip(args.mean, args.std, found.mean, found.std, strict=True))
-        if not fits:
+        if not found.fit(args.mean, args.std):
             lines.append(f"warning: --mean and --std are far from the images' own, {found.flags()}")
     elif samples.in_chans == 3 and found.dtype == torch.uint8:
         args.mean, args.std = list(mean), list(std)
