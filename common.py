@@ -1,7 +1,7 @@
 """Small helpers shared by the scripts. None is a method's idea; take one along with what it calls.
 
-What belongs to a method, and each training loop, stands in its script, twice or four times if need be: who
-mends one such twin (`main`, `gather`, `enqueue`, `teacher_temp_at`, the heads) mends the others.
+What belongs to a method, and each training loop, stands in its script, even where two or four scripts hold
+the same lines. If you fix one copy (`main`, `gather`, `enqueue`, the heads), fix the others.
 
 Order: errors, processes and seeds; data; colour on whole batches; backbones and their weights; optimisation;
 what a run writes.
@@ -970,7 +970,7 @@ class StepSampler(torch.utils.data.Sampler):
     """Batches of (epoch, index) for one process, from any optimizer step to any later one, across epochs.
 
     Each epoch is one permutation drawn from (seed, epoch), cut into steps of the effective batch; the rest is
-    dropped. Each micro-batch of each process is a slice of the step. So a resumed run goes on where it
+    dropped. Each micro-batch of each process is a slice of the step. So a resumed run continues where it
     stopped, and a worker needs no state. Memory: one permutation, 8 bytes per image.
     """
 

@@ -263,7 +263,7 @@ def test_shuffle_hands_out_all_rows_and_takes_them_back_in_order(monkeypatch, wo
     assert sorted(handed.tolist()) == rows.tolist() != handed.tolist()
     monkeypatch.setattr(mhcl, "gather", lambda x, process: 10 * handed)
     for shuffle, part, own in zip(shuffles, handed.split(B), rows.split(B), strict=True):
-        assert torch.equal(shuffle.undo(10 * part), 10 * own)
+        assert torch.equal(shuffle.unshuffle(10 * part), 10 * own)
 
 
 # ------------------------------------------------------------------ views
@@ -484,8 +484,8 @@ def test_picture_of_views_shows_what_the_encoders_get(train, tmp_path, monkeypat
     keys, queries = seen
     shuffle = Shuffle(4, common.stream_seed(0, "shuffle", 0, 0), ALONE)
     assert_same([row[0] for row in rows], list(queries))
-    assert_same([row[1] for row in rows], list(keys[shuffle.own]))
-    assert shuffle.own.tolist() != list(range(4))
+    assert_same([row[1] for row in rows], list(keys[shuffle.idx_unshuffle]))
+    assert shuffle.idx_unshuffle.tolist() != list(range(4))
 
 
 def learning_rates(*flags):
