@@ -617,8 +617,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
         print(f"warning: --moco_k {args.moco_k}: more keys than the {len(samples)} images; the queue often "
               "holds older keys of the query's own image, as negatives", file=sys.stderr)
 
-    # Networks, new or resumed. --init fills the online encoder alone, so the branch encoder is copied from it,
-    # part by part: it has no mask token and no decoder.
+    # Networks, new or resumed. --init fills the online encoder alone, so the branch encoder is copied from
+    # it, part by part: it has no mask token and no decoder.
     online, branch = build_encoders(args, process)
     memory = Memory(args.moco_k, args.local_dim).to(process.device)
     init = common.init_backbone(online.backbone, args, run.saved)
