@@ -23,6 +23,7 @@ import dino_mc
 import dspt_mae
 import eval_knn
 import eval_linear
+import eval_segmentation
 import mhcl
 from demo.scenes import write_dataset
 
@@ -72,7 +73,7 @@ def run(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
 
     def main(script, *flags):
-        modules = (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)
+        modules = (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear, eval_segmentation)
         module = {module.__name__: module for module in modules}[script]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
         try:
@@ -114,7 +115,8 @@ def launch(*command, processes=1, **kwargs):
 
 # Scripts start here in copies of one process that has imported everything: seconds sooner than anew.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload([*TRAINING, "eval_knn", "eval_linear", "pytest", "conftest"])
+EVALUATIONS = ["eval_knn", "eval_linear", "eval_segmentation"]
+server.set_forkserver_preload([*TRAINING, *EVALUATIONS, "pytest", "conftest"])
 
 
 def free_port():

@@ -12,10 +12,12 @@ import dino_mc
 import dspt_mae
 import eval_knn
 import eval_linear
+import eval_segmentation
 import mhcl
 
 SCRIPTS = {
-    f"{module.__name__}.py": module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)
+    f"{module.__name__}.py": module
+    for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear, eval_segmentation)
 }
 
 
