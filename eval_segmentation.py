@@ -37,6 +37,7 @@ truth, prediction), log.jsonl and checkpoint.pth; several weights have a folder 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -151,8 +152,8 @@ def check_args(args: argparse.Namespace) -> None:
             common.fail(f"--head_dim {args.head_dim}: only with --head upernet")
     if args.head == "upernet" and args.batch_size_per_gpu == 1:
         common.fail("--batch_size_per_gpu 1: must be at least 2 for the BatchNorm of --head upernet")
-    if not len(args.mean or []) == len(args.std or []) == (args.in_chans if args.in_chans and (
-            args.mean or args.std) else len(args.mean or [])):
+    wanted = args.in_chans if args.mean and args.in_chans else len(args.mean or ())
+    if not len(args.mean or ()) == len(args.std or ()) == wanted:
         common.fail("--mean, --std: give both or none, with a value for each channel (--in_chans)")
     args.lr = args.lr or {"linear": 2e-2, "upernet": 1e-3}[args.head]
 
@@ -164,21 +165,13 @@ def check_args(args: argparse.Namespace) -> None:
 
 @dataclass
 class Classes:
-    """What the numbers of a mask mean.
-
-    Args:
-        names: of the classes.
-        values: the number that predictions are written with, of each class.
-        colours: R, G, B of each class, for pictures.
-        lut: class number (uint8), IGNORE or UNKNOWN of each value of a mask; None: change labels.
-        in_colour: the values are R * 65536 + G * 256 + B.
-    """
+    """What the numbers of a mask mean; one entry for each class."""
 
     names: list[str]
-    values: list[int]
-    colours: list[tuple[int, int, int]]
-    lut: np.ndarray | None = None
-    in_colour: bool = False
+    values: list[int]  # that predictions are written with
+    colours: list[tuple[int, int, int]]  # in pictures
+    lut: np.ndarray | None = None  # class number, IGNORE or UNKNOWN of each value; None: change labels
+    in_colour: bool = False  # the values are R * 65536 + G * 256 + B
 
 
 CHANGE = Classes(["unchanged", "changed"], [0, 255], [(0, 0, 0), (255, 255, 255)])
@@ -269,20 +262,17 @@ def read_mask(path: str, classes: Classes) -> Tensor:
 
 
 def read_dates(paths: Sequence[str], in_chans: int, shape: Sequence[int] | None = None) -> Tensor:
-    """The image, or two dates one after the other, D*C x H x W; raises UnreadableImageError.
+    """The image, or two dates one after the other, D*C x H x W, of the `shape` of their mask, if given.
 
-    Args:
-        paths: one or two files.
-        in_chans: C.
-        shape: H x W of the mask; images of another are refused.
+    Raises:
+        UnreadableImageError: a file is damaged or gone, or of another size or type than its mask or date.
     """
     dates = [common.read_pixels(path, in_chans) for path in paths]
+    first = list(shape or dates[0].shape[1:]), dates[0].dtype
     for path, date in zip(paths, dates, strict=True):
-        other = tuple(shape or dates[0].shape[1:])
-        if tuple(date.shape[1:]) != other or date.dtype != dates[0].dtype:
-            size, other = (" x ".join(map(str, sides)) for sides in (date.shape[1:], other))
-            raise common.UnreadableImageError(f"{path}: {size} pixels of {date.dtype}, but its mask or other "
-                                              f"date has {other}, of {dates[0].dtype}")
+        if (own := (list(date.shape[1:]), date.dtype)) != first:
+            words = ["{} x {} pixels of {}".format(*sides, kind) for sides, kind in (own, first)]
+            raise common.UnreadableImageError(f"{path}: {words[0]}, its mask or other date has {words[1]}")
     return torch.cat(dates)
 
 
@@ -380,8 +370,8 @@ def cut(image: Tensor, mask: Tensor, box: Sequence[int], size: int, turn: int) -
 
     Args:
         image: D*C x H x W.
-        mask: H x W; what is beyond its border is IGNORE in the crop.
-        box: top, left and side of the square, which may reach over the bottom and the right.
+        mask: H x W.
+        box: top, left and side of the square; what reaches over the bottom and the right is padded, IGNORE.
         size: of the crop.
         turn: from 0 to 7: quarter turns, and from 4 on a flip after them.
     """
@@ -886,14 +876,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
 
 
 def prepare(name: str, state: dict, info: dict, args: argparse.Namespace) -> tuple[Pyramid, str | None, str]:
-    """Pyramid, arch and a report for one of --weights.
-
-    Args:
-        name: what the user gave.
-        state: state dict; empty for the baselines.
-        info: what is known of its arch, patch_size, img_size; a baseline borrows it.
-        args: the flags, with in_chans.
-    """
+    """Pyramid, arch and a report for one of --weights, from what read_weights gave; baselines borrow it."""
     if name == "pixels":
         return Pyramid(None, name, args.in_chans), None, "pixels: the head on the colours alone"
     arch = args.arch or info.get("arch")
@@ -945,8 +928,11 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         state, info = sources.get(name, borrowed)
         mean, std = mean_and_std(data, args, info)
         pyramid, arch, report = prepare(name, state, info, args)
+        digest = hashlib.blake2b(digest_size=8)  # a run is not resumed with other weights of the same name
+        for x in pyramid.state_dict().values():
+            digest.update(x.numpy().tobytes())
         own = {"weights": [name], "mean": list(mean), "std": list(std), "arch": arch,
-               "output_dir": str(folder if len(folders) > 1 else out)}
+               "weights_digest": digest.hexdigest(), "output_dir": str(folder if len(folders) > 1 else out)}
         prepared.append((argparse.Namespace(**vars(args) | own), pyramid, report))
 
     for own, pyramid, report in prepared:

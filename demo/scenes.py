@@ -399,8 +399,8 @@ def draw_kinds(name: str, key: tuple, date: int, size: int,
 
     Up to `houses` are built at this date alone.
     """
-    structure, look, built = generator_for(*key), generator_for(*key, date), generator_for(*key, date, "built")
-    canvas = Canvas(size, structure, look)
+    structure, built = generator_for(*key), generator_for(*key, date, "built")
+    canvas = Canvas(size, structure, generator_for(*key, date))
     LAYOUTS[name](canvas, structure)
     for _ in range(int(uniform(built, 0, houses + 1))):
         (left, top), (width, depth) = uniforms(built, -0.5, 0.5, 2), uniforms(built, 0.08, 0.2, 2)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 import common
 import eval_segmentation as es
 from common import Process
+from demo.scenes import write_pixels
 
 ALONE = Process(0, 1, torch.device("cpu"), None)
 TINY = "--arch test_resnet --img_size 32 --batch_size_per_gpu 4 --epochs 2 --num_workers 0".split()
@@ -456,7 +457,7 @@ def test_learning_rates_of_layers_and_what_is_not_trained():
 def test_a_resumed_run_repeats_the_unbroken_one(segment, land, dates, tmp_path, kind):
     data = {"land": land, "dates": dates}[kind]
     flags = "--head upernet --head_dim 8 --finetune --drop_path 0.2 --color_jitter 0.4 --epochs 3".split()
-    flags += ["--arch", "test_convnext"]
+    flags += ["--arch", "test_convnext", "--num_workers", "1" if kind == "dates" else "0"]
     whole = segment(data, tmp_path / "whole", *flags)
     assert segment(data, tmp_path / "parts", *flags, "--max_steps", "4") == []
     parts = segment(data, tmp_path / "parts", *flags)
@@ -486,8 +487,11 @@ def test_it_learns_and_compares_several_weights(segment, land, tmp_path, capsys)
     table = capsys.readouterr().out.split("\nsegmentation: ")[1].splitlines()
     assert table[1].split() == ["miou", "mean_f1", "accuracy", "ap", "share"]
     assert table[3].split()[:2] == ["pixels", f"{lines[1]['miou']:.2f}"]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"random", "pixels", "results.jsonl"}
     assert not (tmp_path / "out" / "pixels" / "backbone").exists()
+    with pytest.raises(SystemExit):
+        segment(land, tmp_path / "out" / "random", "--epochs", "12", "--seed", "1")
+    assert "seed was 0, is 1; weights_digest was" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"random", "pixels", "results.jsonl"}
 
 
 # ------------------------------------------------------------------ prediction
@@ -544,7 +548,7 @@ def test_change_is_predicted_as_it_was_evaluated(run, segment, dates, tmp_path, 
     assert line["f1"] == pytest.approx(f1, abs=1e-3)
 
 
-# ------------------------------------------------------------------ bad input, real data
+# ------------------------------------------------------------------ bad input, drawn and real data
 
 
 def break_data(kind, land):
@@ -569,7 +573,7 @@ def break_data(kind, land):
 
 @pytest.mark.parametrize("kind, flags, message", [
     ("missing", [], "masks: lacks 1 files that are in images: 2"),
-    ("other size", [], "2.png: 40 x 50 pixels of torch.uint8, but its mask or other date has 40 x 56"),
+    ("other size", [], "2.png: 40 x 50 pixels of torch.uint8, its mask or other date has 40 x 56 pixels"),
     ("value", ["--classes", "LAND/classes"], "classes: names nothing of value 9, found in"),
     ("0 and 255", [], "masks hold 0, 255; --ignore leaves 1; must be from 2 to 254: name them with"),
     ("damaged", [], "masks/2.png: cannot identify image file"),
@@ -593,6 +597,20 @@ def test_bad_input_is_one_line(segment, land, tmp_path, capsys, kind, flags, mes
         segment(break_data(kind, land), tmp_path / "out", *flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and len(error.splitlines()) == 1 and message in error, error
+
+
+def test_drawn_scenes_have_classes_and_changes(tmp_path):
+    for name, dates in (("segmentation", False), ("changes", True)):
+        write_pixels(tmp_path / name, 50, 32, 0, dates)
+    args = make_args("--data_path", tmp_path / "segmentation", "--classes",
+                     tmp_path / "segmentation" / "classes.txt")
+    land, pairs = es.load_data(args), es.load_data(make_args("--data_path", tmp_path / "changes"))
+    assert land.classes.names == ["ground", "trees", "water", "paved", "building"]
+    assert len(land.train) == len(pairs.train) == 40 and len(pairs.changed) > 20
+    shares = sum(np.bincount(np.array(Image.open(mask)).ravel(), minlength=5) for _, mask in land.train)
+    assert len(shares) == 5 and (shares > 0.02 * shares.sum()).all()
+    [before, after] = (es.read_dates([path], 3).float() for path in pairs.train[3][:2])  # houses on streets
+    assert (before - after).abs().mean() > 5
 
 
 def test_roads_and_changes_of_the_shared_data():
