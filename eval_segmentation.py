@@ -976,7 +976,7 @@ def print_table(lines: list[dict]) -> None:
     rows = [[line["weights"], *(line[name] for name in order if name in line)] for line in lines]
     rows.insert(0, ["", *(name for name in order if name in first)])
     if "class_iou" in first:
-        rows += [[], ["IoU", *(line["weights"][-10:] for line in lines)]]
+        rows += [[], ["IoU", *(Path(line["weights"]).name[-10:] for line in lines)]]
         rows += zip(first["classes"], *(line["class_iou"] for line in lines), strict=True)
     print(f"\n{first['task']}: % of the pixels of {first['test_images']} test images, "
           f"{first['train_images']} training images; classes without a test pixel (-) count in no mean")
