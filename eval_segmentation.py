@@ -168,28 +168,26 @@ def in_words(value: int, in_colour: bool) -> str:
     return f"{value >> 16} {value >> 8 & 255} {value & 255}" if in_colour else str(value)
 
 
-def number_classes(names: list[str], values: list[int], ignore: Sequence[int], in_colour: bool) -> Classes:
-    """Classes of the mask `values`, which `names` call; equal names share one, "ignore" is none.
-
-    Of values without a name those in `ignore` do not count either.
-    """
-    kept = list(dict.fromkeys(name for name in names if name != "ignore"))
-    first = [values[names.index(name)] for name in kept]
+def number_classes(named: Sequence[tuple[int, str]], ignore: Sequence[int], in_colour: bool) -> Classes:
+    """Classes of (value, name): equal names share one, "ignore" is none; nor are others of `ignore`."""
+    first = {name: value for value, name in reversed(named) if name != "ignore"}
+    names = list(dict.fromkeys(name for _, name in named if name != "ignore"))
     lut = np.full(2**24, UNKNOWN, np.uint8)
     lut[[value for value in ignore if value < 2**24]] = IGNORE
-    lut[values] = [IGNORE if name == "ignore" else kept.index(name) for name in names]
+    for value, name in named:
+        lut[value] = IGNORE if name == "ignore" else names.index(name)
     ignored = [in_words(value, in_colour) for value in np.flatnonzero(lut == IGNORE).tolist()]
-    if in_colour:
-        colours = [tuple(map(int, in_words(value, True).split())) for value in first]
-        return Classes(kept, list(range(len(kept))), colours, ignored, lut, True)
-    hues = [2 * math.pi * (0.1 + 0.618034 * i) for i in range(len(kept))]  # far from each other, none black
+    hues = [2 * math.pi * (0.1 + 0.618034 * i) for i in range(len(names))]  # far from each other, none black
     colours = [tuple(round(140 + 115 * math.cos(hue - 2.0944 * k)) for k in range(3)) for hue in hues]
-    return Classes(kept, first, colours, ignored, lut)
+    if in_colour:
+        colours = [tuple(first[name].to_bytes(3, "big")) for name in names]
+    values = list(range(len(names))) if in_colour else [first[name] for name in names]
+    return Classes(names, values, colours, ignored, lut, in_colour)
 
 
 def read_classes(path: str, ignore: Sequence[int]) -> Classes:
     """Reads --classes: lines of `name value` or `name R G B`."""
-    names, numbers = [], []
+    named, kinds = [], set()
     try:
         lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
@@ -197,13 +195,11 @@ def read_classes(path: str, ignore: Sequence[int]) -> Classes:
     for line in lines:
         match = re.fullmatch(r"\s*(\S.*?)((?:\s+\d+){3}|\s+\d+)\s*", line)
         own = [int(word) for word in match[2].split()] if match else []
-        if not own or len(own) != len((numbers or [own])[0]) or max(own) > (255 if len(own) == 3 else 65535):
+        kinds.add(len(own))
+        if not own or len(kinds) > 1 or max(own) > (255 if len(own) == 3 else 65535):
             common.fail(f"--classes {path}: must be lines of `name value`, or all of `name R G B`: {line}")
-        names.append(match[1])
-        numbers.append(own)
-    in_colour = len((numbers or [[]])[0]) == 3
-    values = [int.from_bytes(own, "big") if in_colour else own[0] for own in numbers]
-    classes = number_classes(names, values, () if in_colour else ignore, in_colour)
+        named.append((int.from_bytes(own, "big") if len(own) == 3 else own[0], match[1]))
+    classes = number_classes(named, () if 3 in kinds else ignore, 3 in kinds)
     if not 2 <= len(classes.names) <= UNKNOWN:
         common.fail(f"--classes {path}: names {len(classes.names)} classes, must be from 2 to {UNKNOWN}")
     return classes
@@ -339,7 +335,7 @@ def load_data(args: argparse.Namespace) -> Data:
         if not 2 <= len(kept) <= UNKNOWN:
             common.fail(f"--data_path {root}: masks hold {', '.join(map(str, values[:9]))}; --ignore "
                         f"leaves {len(kept)}; must be from 2 to {UNKNOWN}: name them with --classes")
-        classes = number_classes([str(value) for value in kept], kept, args.ignore, in_colour)
+        classes = number_classes([(value, str(value)) for value in kept], args.ignore, in_colour)
     elif not change and (unknown := [value for value in values if classes.lut[value] == UNKNOWN]):
         path = next(sample[-1] for sample, own in zip(every, found, strict=True) if unknown[0] in own)
         words = ", ".join(in_words(value, in_colour) for value in unknown[:12])
@@ -759,22 +755,20 @@ def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Pr
 # --------------------------------------------------------------------------------------------------
 
 
-def geo_tags(image: Path, shape: tuple[int, ...]) -> list[tuple]:
-    """Geographic tags of a TIFF of H x W `shape`, or of the first in a folder of bands, for tifffile."""
-    for path in sorted(image.iterdir()) if image.is_dir() else [image]:
-        if path.suffix.lower() in (".tif", ".tiff"):
-            with tifffile.TiffFile(path) as file:
-                page = file.pages[0]
-                if (page.imagelength, page.imagewidth) == shape:
-                    found = [page.tags[code] for code in GEO_TAGS if code in page.tags]
-                    return [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
-    return []
+def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> None:
+    """Writes class numbers H x W to `path` and a suffix: a TIFF that lies where the `image` lies, or a PNG.
 
-
-def write_mask(path: Path, mask: np.ndarray, classes: Classes, tags: list[tuple]) -> None:
-    """Writes class numbers H x W to `path` and a suffix: a TIFF with the `tags`, or without a PNG."""
-    values = np.array(classes.values)
+    Of an image in a folder of bands it is the first of them in full resolution that tells where.
+    """
+    values, tags = np.array(classes.values), []
     numbers = values.astype(np.min_scalar_type(values.max()))[mask]
+    for file in sorted(image.iterdir()) if image.is_dir() else [image]:
+        if not tags and file.suffix.lower() in (".tif", ".tiff"):
+            with tifffile.TiffFile(file) as tiff:
+                page = tiff.pages[0]
+                if (page.imagelength, page.imagewidth) == mask.shape:
+                    found = [page.tags[code] for code in GEO_TAGS if code in page.tags]
+                    tags = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
     path.parent.mkdir(parents=True, exist_ok=True)
     if tags:
         common.write_atomically(path.with_name(path.name + ".tif"), lambda file: tifffile.imwrite(
@@ -816,8 +810,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
             print(f"warning: unreadable, left out: {error}", file=sys.stderr)
             continue
         mask, _ = decide(window_logits(model, image, args, process.device), *image.shape[2:])
-        tags = geo_tags(Path(paths[0]), tuple(mask.shape))
-        write_mask(out / stem(paths[0], root / parts[0]), mask.numpy(), classes, tags)
+        write_mask(out / stem(paths[0], root / parts[0]), mask.numpy(), classes, Path(paths[0]))
     if process.is_main:
         print(f"masks of {len(files)} images: {out}")
 
