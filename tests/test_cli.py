@@ -173,7 +173,7 @@ BAD_METHOD = {
     ],
     "mhcl": [
         (["--moco_k", "7", "--accum_steps", "2"], "--moco_k 7: must be at least the effective batch, 8"),
-        (["--arch", "test_vit"], "--arch test_vit: timm gives no four stages of it to contrast"),
+        (["--arch", "test_vit"], "--arch test_vit: timm offers no four feature stages of it"),
         (["--arch", "maxvit_nano_rw_256"], "gives no features of 4 stages for 32 px"),
         (
             ["--arch", "swin_tiny_patch4_window7_224", "--img_size", "30"],
