@@ -1892,7 +1892,20 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     model.to(device)
     if device.type != "mps" and not any(hasattr(module, "patch_embed") for module in model.modules()):
         model.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.padding != (0, 0):
+                module.register_forward_pre_hook(_pad_single_pixels)
     return model
+
+
+def _pad_single_pixels(conv: nn.Conv2d, inputs: tuple[Tensor]) -> Tensor | None:
+    # oneDNN's weight gradient in bf16 holds NaN where a padded, strided convolution meets a side of one pixel
+    # (torch 2.14, oneDNN 3). One more row or column of zeros is part of its padding: the output is the same.
+    height, width = inputs[0].shape[2:]
+    if 1 in (height, width):
+        return nn.functional.pad(inputs[0], (0, int(width == 1), 0, int(height == 1)))
+    return None
 
 
 def distributed(model: nn.Module, process: Process) -> nn.Module:
