@@ -282,7 +282,6 @@ BAD_LINEAR = [
     (["--lr", "0.1"], "--lr 0.1: only with --finetune"),
     (["--finetune"], "--weights image_stats: has nothing to fine-tune"),
     (["--finetune", "--weights", "random", "image_stats"], "one at a time with --finetune and --predict"),
-    (["--finetune", "--weights", "random", "--avgpool"], "--avgpool True: not with --finetune"),
     (
         ["--finetune", "--weights", "random", "--arch", "test_vit", "--epochs", "5", "--warmup_epochs", "5"],
         "--warmup_epochs 5: must be less than --epochs 5",
