@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 import common
 from common import Process, not_negative, positive
-from eval_knn import append_result
+from eval_knn import append_result, pixel_values
 
 STRIDES, POOLS = (4, 8, 16, 32), (1, 2, 3, 6)  # of the maps; sides that UPerNet pools to
 IGNORE, UNKNOWN = 255, 254  # in masks of class numbers: what does not count, what no class has
@@ -344,7 +344,6 @@ def load_data(args: argparse.Namespace) -> Data:
     if change and not changed:
         common.fail(f"--data_path {root}: no training label holds a change")
     samples = common.Samples([path for *paths, _ in files[0] for path in paths], args.in_chans, args.bands)
-    samples.dtype = common.measure_pixels(samples, 32).dtype
     return Data(*files, f"train/{name}", classes, list(sizes[:n]), changed, samples)
 
 
@@ -840,36 +839,25 @@ def build_pyramid(name: str, state: dict, info: dict, args: argparse.Namespace) 
     return Pyramid(backbone, args.in_chans, args.finetune, name), report
 
 
-def mean_and_std(info: dict, samples: common.Samples) -> tuple[list[float], list[float]]:
-    """Of each band: the weights' own, where they tell them, else ImageNet's for 8-bit RGB, else measured."""
-    if len(info.get("mean", ())) == samples.in_chans:
-        return list(info["mean"]), list(info["std"])
-    if samples.in_chans == 3 and samples.dtype == torch.uint8:
-        return list(common.IMAGENET_MEAN), list(common.IMAGENET_STD)
-    found = common.measure_pixels(samples)
-    return found.mean, found.std
-
-
 def compare(args: argparse.Namespace, process: Process) -> None:
     """Trains and evaluates a head on each of --weights, and writes the results."""
     out = common.make_output_dir(args.output_dir, process)
     sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
                if name not in ("random", "pixels")}
     borrowed = {}, next((info for _, info in sources.values()), {})  # the baselines take after the first
-    if not args.bands:
-        args.in_chans = args.in_chans or len(borrowed[1].get("mean", "RGB"))
-    common.check_bands(args)
+    common.check_bands(args, len(borrowed[1].get("mean", common.IMAGENET_MEAN)))
     folders = [out / re.sub(r"[^\w.-]+", "_", name).strip("_.") for name in args.weights]
     if len(set(folders)) < len(folders):
         common.fail(f"--weights {' '.join(args.weights)}: two of them would share a folder in --output_dir")
     data, prepared, lines = load_data(args), [], []
-    K = 1 if data.classes is CHANGE else len(data.classes.names)
+    K, found = 1 if data.classes is CHANGE else len(data.classes.names), common.measure_pixels(data.samples)
+    data.samples.dtype = found.dtype
     common.check_alike(process, training_images=len(data.train), test_images=len(data.test))
     for name, folder in zip(args.weights, folders, strict=True):
         state, info = sources.get(name, borrowed)
         own = argparse.Namespace(**vars(args))
         own.weights, own.output_dir = [name], str(folder if len(folders) > 1 else out)
-        own.mean, own.std = mean_and_std(info, data.samples)
+        own.mean, own.std = map(list, pixel_values(name, info, found, process))
         pyramid, report = build_pyramid(name, state, info, own)
         digest = hashlib.blake2b(digest_size=8)  # a run is not resumed with other weights of the same name
         for x in pyramid.state_dict().values():

@@ -34,7 +34,9 @@ def make_args(*flags):
 
 
 def load(path, *flags):
-    return es.load_data(make_args("--data_path", path, *flags))
+    data = es.load_data(make_args("--data_path", path, *flags))
+    data.samples.dtype = common.measure_pixels(data.samples, 32).dtype
+    return data
 
 
 def segmenter(arch, *flags, K=3, side=64, **build):
