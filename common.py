@@ -95,8 +95,14 @@ def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
         everywhere: print in any process, for errors that only one may see; else once per machine.
     """
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        print("error:", *message.splitlines(), file=sys.stderr, flush=True)  # of a library's, each line
+        print("error:", one_line(message), file=sys.stderr, flush=True)
     raise SystemExit(code)
+
+
+def one_line(text: object) -> str:
+    """The text in one line, its control characters and lone surrogates as escapes."""
+    words = " ".join(str(text).splitlines())
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -480,6 +486,9 @@ def _read_bands(raster: _Raster, in_chans: int, bands: Sequence[int] | None,
         size = f"{raster.height} x {raster.width} pixels of {raster.bands} bands"
         raise ValueError(f"{size} are too many to read at once: give --tile_size" if numbers else size)
     pixels, valid = raster.read(rows, columns)
+    if pixels.shape != (rows.stop - rows.start, columns.stop - columns.start, raster.bands):
+        raise ValueError(f"{shape_words(pixels.shape)} numbers, where its head tells of {raster.height} x "
+                         f"{raster.width} pixels of {raster.bands} bands")
     if pixels.dtype.kind not in "biuf":
         raise ValueError(f"{pixels.dtype} pixels, which are no real numbers")
     every, colours = list(range(raster.bands)), [i for i in range(raster.bands) if i not in raster.alpha]
@@ -533,10 +542,16 @@ def _open_pillow(file: BinaryIO) -> _Raster:
 
 
 def _open_jp2(file: BinaryIO) -> _Raster:
-    head = file.read(2**20)
-    size = head.find(b"\xff\x4f\xff\x51") + 8  # the codestream's own, behind markers, length, capabilities
-    right, bottom, left, top = struct.unpack_from(">4I", head, size)
-    bands = struct.unpack_from(">H", head, size + 32)[0]
+    start, head = 0, file.read(64)
+    while not head.startswith(JP2_HEADS[1]):  # from box to box; what lies within others is no codestream
+        length, kind, long = struct.unpack_from(">I4sQ", head)
+        if kind != b"jp2c" and length != 1 and length < 8 or length == 1 and long < 16:
+            raise ValueError("a JPEG 2000 file without an image in it")
+        start += (16 if length == 1 else 8) if kind == b"jp2c" else long if length == 1 else length
+        file.seek(start)
+        head = file.read(64)
+    right, bottom, left, top = struct.unpack_from(">4I", head, 8)  # behind markers, length, capabilities
+    bands = struct.unpack_from(">H", head, 40)[0]
 
     def read(rows: slice, columns: slice) -> tuple[np.ndarray, None]:
         file.seek(0)
@@ -564,7 +579,15 @@ def _open_npy(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> _
 
 def _open_tiff(file: BinaryIO) -> _Raster:
     # Its images are the first page, and those of the same size that are neither overview nor mask.
-    pages = [page.aspage() for page in tifffile.TiffFile(file).pages]
+    pages, places, numbers = [], set(), 0
+    for page in tifffile.TiffFile(file).pages:
+        page = page.aspage()
+        numbers += sum(tag.count for tag in page.tags)  # several pages may point to the same
+        if page.offset in places or numbers > 2**25:
+            raise ValueError("a TIFF whose pages go in a circle" if page.offset in places else
+                             "a TIFF of too many strips, tiles or pages")
+        places.add(page.offset)
+        pages.append(page)
     if not pages:
         raise ValueError("a TIFF with no image in it")
     first, height, width = pages[0], pages[0].imagelength, pages[0].imagewidth
@@ -670,7 +693,7 @@ def _segments(file: BinaryIO, page: tifffile.TiffPage, rows: slice,
     # Plane, top, left and numbers h x w x samples of the strips or tiles under these rows and columns.
     (planes, _, H, W, n), offsets, counts = page.shaped, page.dataoffsets, page.databytecounts
     height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, W)
-    if not 0 < height * width * n <= MOST_NUMBERS:
+    if not 0 < height * width * n * page.dtype.itemsize <= 4 * MOST_NUMBERS:
         raise ValueError(f"strips or tiles of {height} x {width} pixels")
     down, across = math.ceil(H / height), math.ceil(W / width)
     if min(len(offsets), len(counts)) < planes * down * across:
@@ -1247,7 +1270,7 @@ class DataUnpickler(pickle._Unpickler):
 
     def __init__(self, file: BinaryIO, storage: Callable):
         super().__init__(file, encoding="utf-8", errors="surrogateescape")
-        self.storage = storage
+        self.storage, self.copied = storage, 0
 
     def find_class(self, module: str, name: str) -> Placeholder:
         """Of GLOBAL, STACK_GLOBAL, INST: no import, no look-up."""
@@ -1272,7 +1295,13 @@ class DataUnpickler(pickle._Unpickler):
 
     def _call(self) -> None:
         args, function = self.stack.pop(), self.stack.pop()
+        self._count(*args if type(args) is tuple else ())
         self.append(make(function, args))
+
+    def _count(self, *given: object) -> None:  # a few bytes may ask for the same long list again and again
+        self.copied += sum(len(x) for x in given if type(x) in (tuple, list, dict, OrderedDict))
+        if self.copied > 2**24:
+            raise ValueError("too many items in its calls")
 
     def _call_with_names(self) -> None:
         self.stack.pop()
@@ -1282,6 +1311,7 @@ class DataUnpickler(pickle._Unpickler):
         state, made = self.stack.pop(), self.stack[-1]
         if type(state) is not dict:
             return
+        self._count(state)
         if type(made) is argparse.Namespace:
             vars(made).update((name, value) for name, value in state.items() if type(name) is str)
         elif type(made) is OrderedDict and type(state.get("_metadata")) in (dict, OrderedDict):
@@ -1303,6 +1333,8 @@ class DataUnpickler(pickle._Unpickler):
     for _code, _load in {
             pickle.REDUCE: _call, pickle.NEWOBJ: _call, pickle.NEWOBJ_EX: _call_with_names,
             pickle.BUILD: _build,
+            pickle.BYTEARRAY8: lambda self: self.append(
+                bytearray(self.read(*struct.unpack("<Q", self.read(8))))),
             pickle.DICT: lambda self: self._collect(lambda items: set_items({}, items)),
             pickle.FROZENSET: lambda self: self._collect(lambda items: frozenset(map(hashable, items))),
             pickle.SETITEM: lambda self: self._fill_one(set_items, 2),
@@ -1318,8 +1350,9 @@ def hashable(value: object) -> object:
 
     Else a Placeholder: hashing a file's tuples within tuples within tuples would overflow the C stack.
     """
-    parts = value if type(value) is tuple else (value,)
-    return value if all(type(part) in HASHABLE for part in parts) else Placeholder("key")
+    parts = value if type(value) is tuple and len(value) <= 8 else (value,)  # long ones take long, each time
+    plain = all(type(part) in HASHABLE and (type(part) is not int or abs(part) < 2**60) for part in parts)
+    return value if plain else Placeholder("key")  # larger numbers may all have the same hash
 
 
 def set_items(container: object, items: list) -> object:
@@ -1341,11 +1374,12 @@ def extend(container: object, items: list) -> None:
 def make(function: object, args: tuple) -> object:
     """What a call in a file stands for: one of MADE, or a Placeholder."""
     name = function.name if type(function) is Placeholder else "object"
-    return MADE[name](*args) if name in MADE else Placeholder(name)
+    return MADE[name](*args) if name in MADE and type(args) is tuple else Placeholder(name)
 
 
 def _make_ordered(pairs: list | tuple = ()) -> OrderedDict | Placeholder:  # Python 2 gave the items here
-    if type(pairs) not in (list, tuple) or any(type(pair) not in (list, tuple) for pair in pairs):
+    if type(pairs) not in (list, tuple) or any(type(pair) not in (list, tuple) or len(pair) != 2
+                                              for pair in pairs):
         return Placeholder("OrderedDict")
     return set_items(OrderedDict(), [part for pair in pairs for part in pair])
 
@@ -1359,9 +1393,12 @@ def _make_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *res
         raise ValueError("a tensor without a storage")
     if len(rest) > 2 and rest[2]:  # a flag that negates or conjugates it
         return Placeholder("tensor with flags")
-    if math.prod(size) > 2**48:  # by strides of 0, from a few bytes
-        raise ValueError(f"a tensor of {size}")
     data = storage.data.view(storage.dtype)
+    if not type(size) is type(stride) is tuple or len(size) > 64 \
+            or any(type(n) is not int or not 0 <= n < 2**63 for n in size + stride):
+        raise ValueError("a tensor of an odd size")
+    if math.prod(size) > max(data.numel(), 2**24):  # by strides of 0, from a few bytes
+        raise ValueError(f"a tensor of {size}")
     return data.as_strided(size, stride, data.storage_offset() + offset)  # refuses what is out of bounds
 
 
@@ -1402,7 +1439,7 @@ def load_checkpoint(path: str | Path) -> dict:
     except RefusedFileError:
         raise
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        reason = one_line(str(error) or type(error).__name__)[:100]
         raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
     if not isinstance(content, dict):
         raise ValueError("holds no dict, so no state dict of tensors")
@@ -1410,8 +1447,11 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def _load_zip(file: BinaryIO) -> object:
-    storages = {}
+    storages, size = {}, os.fstat(file.fileno()).st_size
     with zipfile.ZipFile(file) as archive:
+        # Entries may be compressed, or overlap.
+        if sum(entry.file_size for entry in archive.infolist()) > 8 * size + 2**20:
+            raise ValueError(f"its entries would be much longer than its {size} bytes")
         folder = archive.namelist()[0].split("/")[0]
         if f"{folder}/constants.pkl" in archive.namelist():
             raise RefusedFileError("a TorchScript program: save the state_dict() of its network instead")
@@ -1429,7 +1469,7 @@ def _load_zip(file: BinaryIO) -> object:
 
 def _check_byteorder(byteorder: str) -> None:
     if byteorder != sys.byteorder:
-        raise RefusedFileError(f"its numbers are {byteorder}-endian, this machine's are not")
+        raise RefusedFileError(f"its numbers are {one_line(byteorder[:20])}-endian, this machine's are not")
 
 
 def _read_entry(archive: zipfile.ZipFile, name: str, nbytes: int | None = None) -> Tensor:
@@ -1466,7 +1506,7 @@ def _load_legacy(file: BinaryIO) -> object:
         if key not in storages:
             storages[key] = Storage(torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype)
         whole = storages[key]
-        if part is None:
+        if type(part) is not tuple:
             return whole
         _, first, count = part
         return Storage(whole.data.narrow(0, first * dtype.itemsize, count * dtype.itemsize), dtype)
@@ -1475,7 +1515,7 @@ def _load_legacy(file: BinaryIO) -> object:
     if number != torch.serialization.MAGIC_NUMBER or version != torch.serialization.PROTOCOL_VERSION:
         raise ValueError("another format")
     _check_byteorder("little" if system["little_endian"] else "big")
-    if sorted(keys) != sorted(storages):
+    if type(keys) is not list or sorted(keys) != sorted(storages):
         raise ValueError("not the storages of its tensors")
     for key in keys:
         data, dtype = storages[key].data, storages[key].dtype
@@ -1604,10 +1644,17 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
         folder = path / "backbone" if (path / "backbone").is_dir() else path
         exported = checkpoint_key is None and not (whole and (path / "checkpoint.pth").is_file())
         if exported and (folder / "config.json").is_file():
-            return _read_exported(folder, flag)
+            try:
+                return _read_exported(folder, flag)
+            except Exception as error:  # entries of config.json that are missing, or of another type
+                reason = f"{type(error).__name__}: {str(error)[:100]}"
+                fail(f"{flag} {folder}: config.json is not timm's ({reason})")
         path = path / "checkpoint.pth"
     if path.is_file():
-        return _read_checkpoint(path, checkpoint_key, flag, whole)
+        try:
+            return _read_checkpoint(path, checkpoint_key, flag, whole)
+        except Exception as error:  # tensors or flags of other shapes and types than their names tell
+            fail(f"{flag} {path}: not as its names tell ({type(error).__name__}: {str(error)[:100]})")
     if source.startswith("hf-hub:") or timm.is_model(source):
         try:
             model = timm.create_model(source, pretrained=True, num_classes=0)
@@ -1659,7 +1706,7 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
     if inner and not any(name.startswith(f"{inner}.") for name in names):
         keys = [name for name in checkpoint if isinstance(name, str)]
         found = dict.fromkeys(name.split(".")[0] for name in [*keys, *names])
-        fail(f"--checkpoint_key {key}: {path} has {', '.join(list(found)[:12])}")
+        fail(f"--checkpoint_key {key}: {path} has {', '.join(name[:40] for name in list(found)[:12])}")
     if not state:
         fail(f"{flag} {path}: {f'its {entry} is' if entry else 'is'} no state dict of tensors")
     state = _backbone_names(state, inner or "encoder_q", whole)
@@ -1741,7 +1788,8 @@ def _convert_first_convs(backbone: nn.Module, state: dict) -> tuple[dict, list[s
     modules, report = dict(backbone.named_modules()), []
     for name in (first,) if isinstance(first, str) else first:
         conv, weight = modules.get(name), state.get(f"{name}.weight")
-        if isinstance(conv, nn.Conv2d) and weight is not None and weight.ndim == 4 and conv.groups == 1:
+        if isinstance(conv, nn.Conv2d) and weight is not None and weight.ndim == 4 and conv.groups == 1 \
+                and len(weight) == conv.out_channels and max(weight.shape[2:]) <= 64:
             weight, words = convert_first_conv(weight, conv)
             if words and weight.shape == conv.weight.shape:
                 state = state | {f"{name}.weight": weight}
@@ -1781,11 +1829,14 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
         own = backbone.state_dict()
 
     def fit(state: dict) -> dict:
-        return {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
+        return {name: x for name, x in state.items() if name in own and x.shape == own[name].shape
+                and x.is_floating_point() == own[name].is_floating_point()}
 
     fitting = fit(state)
     resample = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
-    if len(fitting) < len(own) and resample:
+    # timm resamples patches by a matrix of side**4 numbers.
+    huge = any(x.ndim == 4 and max(x.shape[2:]) > 64 for x in state.values())
+    if len(fitting) < len(own) and resample and not huge:
         # timm before 1.0.31 takes a Swin without classifier for Microsoft's, and moves its downsampling.
         timm_swin = "layers.1.downsample.norm.weight" in fitting and "head.fc.weight" not in state
         mark = {"head.fc.weight": torch.empty(0)} if timm_swin else {}

@@ -758,6 +758,18 @@ def test_real_files():
     assert len(samples) == 5 * 16 and samples[79].shape == (3, 64, 64)
 
 
+def test_tiff_whose_pages_go_in_a_circle_is_refused(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", np.zeros((2, 16, 16), np.uint8), photometric=GREY)
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        offsets = [page.offset for page in file.pages]
+        after = offsets[1] + 2 + 12 * len(file.pages[1].tags)  # where the next page's offset stands
+    data = bytearray((tmp_path / "a.tif").read_bytes())
+    data[after : after + 4] = int(offsets[0]).to_bytes(4, "little")
+    (tmp_path / "a.tif").write_bytes(data)
+    with pytest.raises(UnreadableImageError, match="circle"):
+        read_image(tmp_path / "a.tif", 1)
+
+
 # ------------------------------------------------------------------ all four methods
 
 

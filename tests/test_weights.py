@@ -919,3 +919,30 @@ def test_evaluation_of_public_files(run, scenes, tmp_path):
     run("eval_knn", *flags, tmp_path / "k.pth.tar", "--checkpoint_key", "encoder_k")
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and lines[0]["top1"] == lines[1]["top1"] == lines[2]["top1"]
+
+
+def test_small_files_that_ask_for_gigabytes_are_refused(tmp_path, capsys):
+    """Padding, overlapping or compressed entries, tensors expanded from one number, circles."""
+    head = b"\x80\x05"
+    pickles = [head + b"\x96" + (12 * 2**30).to_bytes(8, "little") + b"."]  # a bytearray of 12 GB
+    for number, pickled in enumerate(pickles):
+        path = tmp_path / f"{number}.pth"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", pickled)
+        with pytest.raises(ValueError, match="damaged"):
+            common.load_checkpoint(path)
+    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", pickle.dumps({}))
+        archive.writestr("a/data/0", bytes(2**24))
+    with pytest.raises(ValueError, match="much longer than"):
+        common.load_checkpoint(tmp_path / "bomb.pth")
+
+
+def test_weights_that_are_no_floats_are_refused(tmp_path, capsys):
+    backbone = common.build_backbone("test_resnet", 32)
+    quantised = {name: x.mul(100).to(torch.int8) for name, x in backbone.state_dict().items()}
+    torch.save(quantised, tmp_path / "int8.pth")
+    state, _ = common.read_weights(str(tmp_path / "int8.pth"))
+    with pytest.raises(SystemExit):
+        common.load_backbone(backbone, state, "int8.pth")
+    assert "tensors loaded" in capsys.readouterr().err
