@@ -1,0 +1,419 @@
+"""Boxes against shapely, targets and losses against slow loops, and small detectors trained to the end."""
+
+import argparse
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shapely
+import torch
+import torchvision
+from PIL import Image
+from shapely import affinity
+
+import common
+import eval_detection as ed
+from demo.scenes import write_detection
+
+torch.set_num_threads(1)
+ALONE = common.Process(0, 1, torch.device("cpu"), None)
+SMALL = "--weights random --arch test_resnet --img_size 64 --fpn_dim 32 --head_convs 1 --num_workers 0".split()
+SMALL += "--batch_size_per_gpu 4 --epochs 2 --save_every 1000 --device cpu".split()
+
+
+def random_boxes(n, seed=0, size=100, least=1):
+    r = torch.rand(n, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    sides = least + (size / 3 - least) * r[:, 2:4]
+    return ed.canonical(torch.cat([size * r[:, :2], sides, math.pi * (r[:, 4:] - 0.5)], 1))
+
+
+def polygon(box):
+    """By shapely alone: a rectangle that is turned and moved."""
+    x, y, w, h, angle = map(float, box)
+    upright = shapely.box(-w / 2, -h / 2, w / 2, h / 2)
+    return affinity.translate(affinity.rotate(upright, angle, origin=(0, 0), use_radians=True), x, y)
+
+
+def iou(a, b):
+    """Of two polygons."""
+    shared = a.intersection(b).area
+    return shared / (a.area + b.area - shared)
+
+
+# ------------------------------------------------------------------ boxes
+
+
+def test_corners_in_any_order_give_the_box_back():
+    boxes = random_boxes(3000)
+    order = torch.rand(3000, 4, generator=torch.Generator().manual_seed(1)).argsort(1)
+    corners = ed.to_corners(boxes).gather(1, order[..., None].expand(-1, -1, 2))
+    again = ed.to_boxes(corners, oriented=True)
+    assert (again[:, 2] >= again[:, 3]).all() and (again[:, 4] >= -math.pi / 2).all()
+    assert (again[:, 4] < math.pi / 2).all()
+    for box, other in zip(boxes, again, strict=True):
+        assert iou(polygon(box), polygon(other)) > 0.99999
+    x, y = ed.to_corners(boxes).unbind(-1)
+    upright = torch.stack([x.amin(1), y.amin(1), x.amax(1), y.amax(1)], 1)
+    expected = torchvision.ops.box_convert(upright, "xyxy", "cxcywh")
+    torch.testing.assert_close(ed.to_boxes(corners, oriented=False)[:, :4], expected)
+
+
+def test_a_quadrilateral_becomes_its_smallest_rectangle():
+    corners = 100 * torch.rand(500, 4, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for points, box in zip(corners, ed.to_boxes(corners, oriented=True), strict=True):
+        hull = shapely.MultiPoint(points.numpy()).convex_hull
+        angles = np.linspace(0, math.pi / 2, 91)
+        least = min(affinity.rotate(hull, a, use_radians=True).envelope.area for a in angles)
+        assert box[2] * box[3] <= least * (1 + 1e-9)
+        assert polygon(box).buffer(1e-6).contains(hull)
+
+
+def test_iou_matrix_is_shapelys():
+    a, b = random_boxes(60), random_boxes(50, seed=1)
+    expected = [[iou(polygon(x), polygon(y)) for y in b] for x in a]
+    np.testing.assert_allclose(ed.iou_matrix(a, b), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("oriented, threshold", [(True, 0.1), (False, 0.5)])
+def test_nms_equals_a_slow_loop(oriented, threshold):
+    boxes = random_boxes(150, least=10)
+    near = boxes[:30] + 1e-4 * torch.randn(30, 5, generator=torch.Generator().manual_seed(2)).double()
+    boxes = torch.cat([boxes, boxes[:10], near])
+    scores = torch.rand(len(boxes), generator=torch.Generator().manual_seed(3))
+    labels = torch.arange(len(boxes)) % 2
+    boxes[:, 4] *= oriented
+    polygons, kept = list(map(polygon, boxes)), []
+    for i in scores.argsort(descending=True).tolist():
+        if all(labels[i] != labels[j] or iou(polygons[i], polygons[j]) <= threshold for j in kept):
+            kept.append(i)
+    assert ed.nms(boxes, scores, labels, threshold, oriented).tolist() == kept
+    assert len(kept) < 150
+
+
+# ------------------------------------------------------------------ windows
+
+
+@pytest.mark.parametrize("height, width, S", [(64, 64, 64), (50, 200, 64), (301, 129, 100), (65, 64, 64)])
+def test_windows_cover_an_image(height, width, S):
+    seen, rows, columns = np.zeros((height, width), int), set(), set()
+    for top, left in ed.windows_of((height, width), S):
+        assert 0 <= top <= max(0, height - S) and 0 <= left <= max(0, width - S)
+        seen[top : top + S, left : left + S] += 1
+        rows.add(top)
+        columns.add(left)
+    assert seen.min() == 1
+    for starts in (sorted(rows), sorted(columns)):
+        assert all(b - a <= 0.8 * S + 0.5 for a, b in zip(starts, starts[1:], strict=False))
+
+
+def sample_of(boxes, size, path="", labels=None):
+    labels = torch.zeros(len(boxes), dtype=torch.long) if labels is None else labels
+    return ed.Sample(path, size, ed.to_corners(boxes).float(), labels, torch.zeros(len(boxes), dtype=torch.bool))
+
+
+def bright_image(path, boxes, size):
+    """Black, with white boxes; by the distance of the pixels' centres in the boxes' own axes."""
+    rows, columns = np.mgrid[: size[0], : size[1]] + 0.5
+    inside = np.zeros(size, bool)
+    for x, y, w, h, angle in boxes.tolist():
+        along = (columns - x) * math.cos(angle) + (rows - y) * math.sin(angle)
+        across = (rows - y) * math.cos(angle) - (columns - x) * math.sin(angle)
+        inside |= (abs(along) <= w / 2) & (abs(across) <= h / 2)
+    Image.fromarray((255 * inside).astype(np.uint8)).convert("RGB").save(path)
+
+
+@pytest.mark.parametrize("oriented", [True, False])
+def test_windows_take_their_boxes_along(tmp_path, oriented):
+    """White boxes are found at the targets' places; those cut off by more than .3 of them are marked."""
+    boxes = torch.tensor([[30, 40, 40, 12, 0.5], [90, 25, 30, 16, -1.2], [95, 80, 44, 10, 1.0], [2, 90, 20, 14, 0]])
+    if not oriented:
+        boxes[:, 4] = 0
+    path = str(tmp_path / "a.png")
+    bright_image(path, boxes, (100, 120))
+    windows = ed.BoxWindows([sample_of(boxes, (100, 120), path)], 64, [0.0] * 3, oriented, seed=0)
+    rows, columns = torch.meshgrid(torch.arange(64) + 0.5, torch.arange(64) + 0.5, indexing="ij")
+    positions, kept, marked = torch.stack([columns, rows], -1).view(-1, 2), 0, 0
+    for index in range(80):
+        window, targets = windows[0, index % len(windows)] if index < len(windows) else windows[index, 0]
+        white, objects = window[0].flatten() > 127, targets[targets[:, 5] > -2]
+        margins = ed.distances(positions[:, None], objects[:, :5])[0].amin(-1)  # above 0 inside
+        near = (margins.abs() < 1).any(1)
+        assert torch.equal(white[~near], (margins > 0).any(1)[~near])
+        for box in objects:
+            whole = polygon(box[:5])  # of the last box a part lies outside the image
+            in_image = 140 if torch.isclose(box[2:4].prod(), torch.tensor(280.0)) else whole.area
+            share = whole.intersection(shapely.box(0, 0, 64, 64)).area / max(in_image, 1)
+            if in_image == whole.area and abs(share - 0.7) > 0.01:
+                assert (box[5] == -1) == (share < 0.7)
+        kept, marked = kept + int((objects[:, 5] >= 0).sum()), marked + int((objects[:, 5] == -1).sum())
+    assert kept > 80 and marked > 5
+    assert all(torch.equal(a, b) for a, b in zip(windows[3, 1], windows[3, 1], strict=True))
+
+
+def test_share_is_that_of_the_part_inside_the_image():
+    boxes = torch.tensor([[0.0, 50, 40, 10, 0], [50, 50, 40, 10, 0], [50, 50, 40, 10, math.pi / 2]])
+    share = ed.share_inside(ed.to_corners(boxes), (6, 0, 58, 100), (100, 100))
+    torch.testing.assert_close(share, torch.tensor([14 / 20, 28 / 40, 1]))
+
+
+class Oracle(torch.nn.Module):
+    """Finds all boxes that a window holds by .7; pixels tell where in the image the window lies."""
+
+    oriented = True
+
+    def __init__(self, boxes):
+        super().__init__()
+        self.boxes = boxes
+
+    def forward(self, windows):
+        logits, raw = torch.full((len(windows), len(self.boxes), 2), -9.0), torch.zeros(len(windows), len(self.boxes), 7)
+        places = self.boxes[:, :2] - windows[:, :2, 0, 0][:, None]  # B x N x 2
+        for b, window in enumerate(windows):
+            boxes = torch.cat([places[b], self.boxes[:, 2:]], 1)
+            frame = shapely.box(0, 0, window.shape[2], window.shape[1])
+            for n, box in enumerate(boxes):
+                if polygon(box).intersection(frame).area >= 0.7 * polygon(box).area:
+                    logits[b, n, n % 2] = 9
+        raw[..., :4] = (self.boxes[:, [2, 3, 2, 3]] / 2).log()
+        raw[..., 4], raw[..., 5], raw[..., 6] = 9, (2 * self.boxes[:, 4]).sin(), (2 * self.boxes[:, 4]).cos()
+        self.places = places
+        return logits, raw, places[0] if len(windows) == 1 else places[0], torch.ones(len(self.boxes))
+
+
+def test_nothing_is_lost_or_doubled_between_windows():
+    boxes = random_boxes(300, size=400, least=8).float()
+    boxes[:, 2:4] = boxes[:, 2:4].clamp(max=20)  # no larger than the overlap, so whole in one window
+    boxes[:, 3] = boxes[:, 3].clamp(max=12)
+    inside = ((boxes[:, :2] > 12) & (boxes[:, :2] < 388)).all(1)
+    boxes = boxes[inside]
+    boxes = boxes[ed.nms(boxes, torch.rand(len(boxes)), torch.zeros(len(boxes)), 1e-6, True)]  # apart
+    rows, columns = torch.meshgrid(torch.arange(400.0), torch.arange(400.0), indexing="ij")
+    image = torch.stack([columns, rows, rows])
+    args = argparse.Namespace(img_size=100, batch_size_per_gpu=1, mean=[0.0] * 3, std=[1.0] * 3, amp="off")
+    found, scores, labels = ed.detect(Oracle(boxes), image, args, ALONE)
+    assert len(found) == len(boxes) > 60
+    best = ed.iou_matrix(boxes, found)
+    assert (best.max(1) > 0.99).all()
+    assert torch.equal(labels[best.argmax(1)], torch.arange(len(boxes)) % 2)
+
+
+# ------------------------------------------------------------------ targets and losses
+
+
+def grid(S=64, first=8):
+    """Positions and strides of levels of a window: first, 2 first, ..., by a plain loop."""
+    cells = [(j * s + s / 2, i * s + s / 2, s) for s in (first, 2 * first, 4 * first, 8 * first)
+             for i in range(math.ceil(S / s)) for j in range(math.ceil(S / s))]
+    table = torch.tensor(cells)
+    return table[:, :2], table[:, 2]
+
+
+def slow_assign(positions, strides, boxes, ignored):
+    index = []
+    for (px, py), s in zip(positions.tolist(), strides.tolist(), strict=True):
+        low = 0 if s == min(strides) else 4 * s
+        high = math.inf if s == max(strides) else 8 * s
+        best, chosen = math.inf, -1
+        for n, (x, y, w, h, angle) in enumerate(boxes.tolist()):
+            along = (px - x) * math.cos(angle) + (py - y) * math.sin(angle)
+            across = (py - y) * math.cos(angle) - (px - x) * math.sin(angle)
+            sides = (w / 2 + along, w / 2 - along, h / 2 + across, h / 2 - across)
+            near = abs(along) < 1.5 * s and abs(across) < 1.5 * s
+            if min(sides) > 0 and near and low < max(sides) <= high and w * h < best:
+                best, chosen = w * h, n
+        if chosen < 0 and any(polygon(box).contains(shapely.Point(px, py)) for box in ignored):
+            chosen = -2
+        index.append(chosen)
+    return torch.tensor(index)
+
+
+@pytest.mark.parametrize("n, m", [(200, 5), (7, 0), (0, 3), (0, 0)])
+def test_targets_equal_a_slow_loop(n, m):
+    positions, strides = grid(128)
+    boxes = torch.cat([random_boxes(n, size=128), random_boxes(n // 4, seed=3, size=2000)]).float()
+    boxes[n:, :2] %= 128
+    ignored = random_boxes(m, seed=5, size=128, least=20).float()
+    index = ed.assign(positions, strides, boxes, ignored)
+    assert torch.equal(index, slow_assign(positions, strides, boxes, ignored))
+    assert n < 200 or {*strides[index >= 0].tolist()} == {*strides.tolist()}
+
+
+def test_decoding_undoes_targets():
+    boxes = random_boxes(500, least=5).float()
+    positions = boxes[:, :2] + torch.rand(500, 2) * boxes[:, 3:4] / 3
+    strides = torch.tensor([8.0, 16, 32, 64, 128]).repeat(100)
+    sides, _ = ed.distances(positions, boxes)
+    assert (sides > 0).all()
+    angle = torch.stack([(2 * boxes[:, 4]).sin(), (2 * boxes[:, 4]).cos()], 1)
+    raw = torch.cat([(sides / strides[:, None]).log(), torch.zeros(500, 1), 3 * angle], 1)
+    for box, other in zip(boxes, ed.canonical(ed.decode(raw, positions, strides)), strict=True):
+        assert iou(polygon(box), polygon(other)) > 0.999
+
+
+def gaussian(box):
+    x, y, w, h, angle = box.double()
+    turn = torch.stack([torch.stack([angle.cos(), -angle.sin()]), torch.stack([angle.sin(), angle.cos()])])
+    return torch.stack([x, y]), turn @ torch.diag(torch.stack([w, h]) ** 2 / 4) @ turn.T
+
+
+def test_kld_is_that_of_gaussians():
+    for box, truth in zip(random_boxes(200), random_boxes(200, seed=1), strict=True):
+        distributions = [torch.distributions.MultivariateNormal(*gaussian(x)) for x in (box, truth)]
+        D = 2 * torch.distributions.kl_divergence(*distributions)
+        loss = ed.kld_loss(box[None], truth[None])[0]
+        torch.testing.assert_close(loss, 1 - 1 / (1 + (1 + D).log()))
+    same = random_boxes(50)
+    turned = torch.stack([*same.T[:2], same[:, 3], same[:, 2], same[:, 4] + math.pi / 2], 1)
+    assert ed.kld_loss(same, same).max() < 1e-5 and ed.kld_loss(same, turned).max() < 1e-5
+    slivers = torch.tensor([[0.0, 0, 1e-9, 500, 1], [900, 0, 500, 0, 0]], requires_grad=True)
+    ed.kld_loss(slivers, slivers.flip(0).detach()).sum().backward()
+    assert slivers.grad.isfinite().all()
+
+
+def test_the_angle_term_turns_what_kld_leaves():
+    """A square prediction on a long box: KLD has no gradient for its angle, the angle term has."""
+    truth = torch.tensor([[0.0, 0, 40, 10, 0.5]])
+    gradients = []
+    for loss in (ed.kld_loss, ed.angle_loss):
+        square = torch.tensor([[0.0, 0, 20, 20, 0]], requires_grad=True)
+        gradients.append(torch.autograd.grad(loss(square, truth).sum(), square)[0][0, 4].item())
+    assert abs(gradients[0]) < 1e-6 and gradients[1] < -0.1
+    expected = (1 - 10 / 40) * (1 - math.cos(2 * 0.5))
+    assert math.isclose(ed.angle_loss(square, truth).item(), expected, rel_tol=1e-5)
+
+
+def test_giou_is_torchvisions():
+    a, b = random_boxes(50), random_boxes(50, seed=1)
+    a[:, 4] = b[:, 4] = 0
+    xyxy = [torchvision.ops.box_convert(x[:, :4], "cxcywh", "xyxy") for x in (a, b)]
+    expected = 1 - torchvision.ops.generalized_box_iou(*xyxy).diag()
+    torch.testing.assert_close(ed.giou_loss(a, b), expected)
+
+
+def slow_loss(outputs, targets):
+    """The whole loss by loops, from the specification."""
+    logits, raw, positions, strides = outputs
+    oriented, focal, boxes, centreness_loss, angle_term, positives, weights = raw.shape[2] == 7, 0, 0, 0, 0, 0, 0
+    for b, rows in enumerate(targets):
+        kept = rows[rows[:, 5] >= 0]
+        index = slow_assign(positions, strides, kept[:, :5], rows[rows[:, 5] == -1, :5])
+        for p, n in enumerate(index.tolist()):
+            if n == -2:
+                continue
+            for c, logit in enumerate(logits[b, p]):
+                prob = logit.sigmoid()
+                if n >= 0 and c == kept[n, 5]:
+                    focal = focal - 0.25 * (1 - prob) ** 2 * prob.log()
+                else:
+                    focal = focal - 0.75 * prob**2 * (1 - prob).log()
+            if n >= 0:
+                sides, _ = ed.distances(positions[p], kept[n])
+                left, top, right, bottom = sides.tolist()
+                centre = math.sqrt(min(left, right) / max(left, right) * min(top, bottom) / max(top, bottom))
+                box = ed.decode(raw[b, p : p + 1], positions[p : p + 1], strides[p : p + 1])
+                loss = ed.kld_loss if oriented else ed.giou_loss
+                boxes = boxes + centre * loss(box, kept[n : n + 1, :5])[0]
+                if oriented:
+                    angle_term = angle_term + centre * ed.angle_loss(box, kept[n : n + 1, :5])[0]
+                prob = raw[b, p, 4].sigmoid()
+                centreness_loss = centreness_loss - centre * prob.log() - (1 - centre) * (1 - prob).log()
+                positives, weights = positives + 1, weights + centre
+    return (focal + centreness_loss) / max(1, positives) + (boxes + angle_term) / max(weights, 1e-6)
+
+
+def random_case(oriented, B=3, seed=0):
+    positions, strides = grid()
+    generator = torch.Generator().manual_seed(seed)
+    logits, raw = (torch.randn(B, len(strides), n, generator=generator) for n in (3, 7 if oriented else 5))
+    targets = torch.full((B, 9, 6), -2.0)
+    for b in range(B - 1):  # the last has no objects
+        boxes = random_boxes(5 + b, seed=b, size=64, least=6).float()
+        boxes[:, 4] *= oriented
+        targets[b, : len(boxes)] = torch.cat([boxes, torch.randint(-1, 3, (len(boxes), 1), generator=generator)], 1)
+    return (logits.requires_grad_(), raw.requires_grad_(), positions, strides), targets
+
+
+@pytest.mark.parametrize("oriented", [True, False])
+def test_loss_equals_a_slow_loop(oriented):
+    outputs, targets = random_case(oriented)
+    loss, figures = ed.detection_loss(outputs, targets, ALONE)
+    expected = slow_loss(outputs, targets)
+    torch.testing.assert_close(loss, expected)
+    ours, slow = (torch.autograd.grad(x, outputs[:2]) for x in (loss, expected))
+    torch.testing.assert_close(ours, slow, atol=1e-5, rtol=1e-4)
+    assert figures["positives"] > 10 and (targets[..., 5] == -1).any()
+    nothing, _ = ed.detection_loss(outputs, torch.full((3, 1, 6), -2.0), ALONE)
+    nothing.backward()
+    assert nothing > 0 and outputs[1].grad.abs().sum() == 0
+
+
+def test_objects_without_a_position_are_counted():
+    outputs, _ = random_case(True, B=1)
+    targets = torch.tensor([[[32.0, 32, 40, 1, 0, 0], [20, 20, 30, 20, 0.3, 1]]])  # the first lies between rows
+    assert ed.detection_loss(outputs, targets, ALONE)[1]["unseen"] == 1
+
+
+# ------------------------------------------------------------------ average precision
+
+
+def slow_ap(found, samples, number, threshold):
+    """One class, by VOC's rules, image by image and box by box."""
+    detections = sorted(((float(s), i, box) for i, (boxes, scores, labels) in enumerate(found)
+                         for box, s, c in zip(boxes, scores, labels, strict=True) if c == number), key=lambda x: -x[0])
+    truth = [[(polygon(b), bool(d)) for b, c, d in zip(ed.to_boxes(s.corners, True), s.labels, s.difficult, strict=True)
+              if c == number] for s in samples]
+    count, used, hits, misses, curve = sum(not d for t in truth for _, d in t), set(), 0, 0, []
+    for _, i, box in detections:
+        ious = [iou(polygon(box), other) for other, _ in truth[i]]
+        best = max(range(len(ious)), key=ious.__getitem__) if ious else None
+        if best is not None and ious[best] > threshold:
+            if truth[i][best][1]:
+                continue
+            hits, misses = (hits + 1, misses) if (i, best) not in used else (hits, misses + 1)
+            used.add((i, best))
+        else:
+            misses += 1
+        curve.append((hits / count, hits / (hits + misses)))
+    points = sum(max([p for r, p in curve if r >= t / 10 - 1e-9], default=0) for t in range(11)) / 11
+    area = sum(max(p for r, p in curve if r >= k / count - 1e-9) for k in range(1, hits + 1)) / count
+    return 100 * area, 100 * points, count
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ap_equals_a_slow_one(seed):
+    found, samples, r = [], [], torch.Generator().manual_seed(seed)
+    for image in range(4):
+        boxes = random_boxes(12, seed=10 * seed + image, least=15).float()
+        labels = torch.randint(0, 3, (12,), generator=r)
+        samples.append(sample_of(boxes, (100, 100), labels=labels)._replace(difficult=torch.rand(12, generator=r) < 0.2))
+        guess = torch.cat([boxes + torch.randn(12, 5, generator=r) * torch.tensor([2, 2, 3, 3, 0.1]),
+                           boxes[:5], random_boxes(5, seed=image).float()])
+        names = torch.cat([labels, labels[:5], torch.randint(0, 4, (5,), generator=r)])
+        order = torch.rand(22, generator=r).sort(descending=True)
+        found.append((guess[order.indices], order.values, names[order.indices]))
+    result = ed.evaluate(found, samples, ["a", "b", "c", "never"], oriented=True)
+    assert list(result["per_class"]) == ["a", "b", "c"]  # no box of the fourth
+    for number, row in enumerate(result["per_class"].values()):
+        area, points, count = slow_ap(found, samples, number, 0.5)
+        assert (row["boxes"], row["ap50"]) == (count, pytest.approx(area, abs=1e-3))
+        assert row["ap50_eleven_points"] == pytest.approx(points, abs=1e-3)
+        assert row["ap75"] == pytest.approx(slow_ap(found, samples, number, 0.75)[0], abs=1e-3)
+    assert result["ap50"] == pytest.approx(np.mean([r["ap50"] for r in result["per_class"].values()]), abs=1e-3)
+    assert 20 < result["ap50"] < 95
+
+
+def test_ap_of_an_example_by_hand():
+    """Found, found again, difficult, wrong place, found; one missed: recall 1/3, 1/3, 1/3, 2/3."""
+    truth = torch.tensor([[20.0, 20, 20, 10, 0], [60, 20, 20, 10, 0], [20, 60, 20, 10, 0], [60, 60, 20, 10, 0]])
+    sample = sample_of(truth, (100, 100))._replace(difficult=torch.tensor([False, True, False, False]))
+    boxes = torch.stack([truth[0], truth[0], truth[1], truth[2] + torch.tensor([0, 30, 0, 0, 0]), truth[2]])
+    found = [(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.zeros(5, dtype=torch.long))]
+    result = ed.evaluate(found, [sample], ["a"], oriented=True)
+    assert result["ap50"] == pytest.approx(100 * (1 + 2 / 4) / 3, abs=1e-3)
+    assert result["ap50_eleven_points"] == pytest.approx(100 * (4 * 1 + 3 * 0.5) / 11, abs=1e-3)
+    nothing = [tuple(x[:0] for x in found[0])]
+    assert ed.evaluate(nothing, [sample], ["a"], oriented=True)["ap50"] == 0
