@@ -59,7 +59,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torchvision.ops import batched_nms, generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from tqdm import tqdm
 
 import common
@@ -130,8 +130,8 @@ def check_args(args: argparse.Namespace) -> None:
         common.fail(f"--weights {' '.join(args.weights)}: one at a time with --predict")
     if len(set(args.weights)) < len(args.weights):
         common.fail(f"--weights {' '.join(args.weights)}: one of them twice")
-    if args.fpn_dim % 32:
-        common.fail(f"--fpn_dim {args.fpn_dim}: must be a multiple of 32, the groups of GroupNorm")
+    if args.fpn_dim % 64:  # GroupNorm takes 32 groups, of two channels or more where a map is one cell
+        common.fail(f"--fpn_dim {args.fpn_dim}: must be a multiple of 64")
     if args.schedule and max(args.schedule) >= args.epochs:
         common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be less than --epochs {args.epochs}")
     for name in ("mean", "std"):
@@ -189,8 +189,11 @@ def to_boxes(corners: Tensor, oriented: bool) -> Tensor:
 
 
 def to_polygons(boxes: Tensor) -> np.ndarray:
-    """Boxes N x 5 -> N polygons of shapely."""
-    return shapely.polygons(to_corners(boxes.double()).numpy())
+    """Boxes N x 5 -> N polygons of shapely, whose corners lie on a grid of 1/1024 px.
+
+    Without it shapely 2.2 gives two polygons that differ by the last bits no intersection, once in a thousand.
+    """
+    return shapely.polygons(np.round(1024 * to_corners(boxes.double()).numpy()) / 1024)
 
 
 def hulls_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -213,11 +216,8 @@ def iou_matrix(a: Tensor, b: Tensor) -> np.ndarray:
     return iou
 
 
-def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, oriented: bool) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tensor:
     """Indices of the boxes to keep, best first: those that no better one of their class overlaps too much."""
-    if not oriented:
-        corners = torch.cat([boxes[:, :2] - boxes[:, 2:4] / 2, boxes[:, :2] + boxes[:, 2:4] / 2], 1)
-        return batched_nms(corners, scores, labels, threshold)
     order = scores.argsort(descending=True, stable=True)
     polygons, classes = to_polygons(boxes[order]), labels[order].numpy()
     bounds, alive, kept = shapely.bounds(polygons), np.ones(len(order), bool), []
@@ -752,15 +752,15 @@ def detect(detector: Detector, image: Tensor, args: argparse.Namespace, process:
     fine = boxes.isfinite().all(1) & (boxes[:, 2:4].amin(1) >= 0.5)
     best = scores.masked_fill(~fine, -1).topk(min(most, int(fine.sum()))).indices
     boxes, scores, labels = boxes[best], scores[best], labels[best]
-    kept = nms(boxes, scores, labels, 0.1 if detector.oriented else 0.5, detector.oriented)
+    kept = nms(boxes, scores, labels, 0.1 if detector.oriented else 0.5)
     boxes = canonical(boxes[kept]) if detector.oriented else boxes[kept]
     return boxes, scores[kept], labels[kept]
 
 
-def surest(found: Found, oriented: bool, least: float = 0.3) -> Found:
+def surest(found: Found, least: float = 0.3) -> Found:
     """What pictures and --predict show: scores above `least`, and of two classes at one place the surer."""
     boxes, scores, labels = (x[found[1] > least] for x in found)
-    kept = nms(boxes, scores, torch.zeros_like(labels), 0.5, oriented)
+    kept = nms(boxes, scores, torch.zeros_like(labels), 0.5)
     return boxes[kept], scores[kept], labels[kept]
 
 
@@ -852,14 +852,13 @@ COLOURS = ["#ffd500", "#00e5ff", "#ff5cf4", "#7dff4d", "#ff7b24", "#7c9dff", "#f
 
 
 def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, args: argparse.Namespace) -> Image.Image:
-    """The first three bands of an image C x H x W, at most 800 px wide and high, with boxes coloured by class."""
+    """The first three bands of an image C x H x W, 800 px wide or high, with boxes coloured by class."""
     x = common.normalize(common.to_float(image)[None], args.mean, args.std)[0]
     low, spread = (torch.tensor(value).view(-1, 1, 1) for value in (args.mean, args.std))
     x = x * spread + low if image.dtype == torch.uint8 else 0.5 + x / 6
     x = x[:3] if len(x) >= 3 else x[:1].expand(3, -1, -1)
-    scale = min(1.0, 800 / max(x.shape[1:]))
-    if scale < 1:
-        x = F.interpolate(x[None], scale_factor=scale, mode="bilinear", antialias=True)[0]
+    scale = 800 / max(x.shape[1:])
+    x = F.interpolate(x[None], scale_factor=scale, mode="bilinear", antialias=True)[0]
     picture = Image.fromarray((255 * x.clamp(0, 1)).byte().permute(1, 2, 0).numpy())
     draw = ImageDraw.Draw(picture)
     for corners, label in zip((scale * to_corners(boxes)).tolist(), labels.tolist(), strict=True):
@@ -874,7 +873,7 @@ def draw_examples(path: Path, samples: list[Sample], found: list[Found | None], 
     for i in range(0, len(samples), math.ceil(len(samples) / 8)):
         if found[i] is not None:
             image = common.read_pixels(samples[i].path, len(args.mean))
-            boxes, _, labels = surest(found[i], oriented)
+            boxes, _, labels = surest(found[i])
             truth = to_boxes(samples[i].corners, oriented), samples[i].labels
             rows.append([draw_boxes(image, *what, args) for what in (truth, (boxes, labels))])
     width = max(left.width for left, _ in rows)
@@ -1006,7 +1005,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     for path, boxes in zip(paths, found, strict=True):
         file = out / Path(path).relative_to(args.predict).with_suffix(".txt")
         lines = []
-        for corners, score, label in zip(*surest(boxes, saved["oriented"]), strict=True) if boxes else ():
+        for corners, score, label in zip(*surest(boxes), strict=True) if boxes else ():
             numbers = " ".join(f"{x:.1f}" for x in to_corners(corners[None]).flatten().tolist())
             lines.append(f"{numbers} {saved['classes'][label]} 0 {score:.3f}\n")
         file.parent.mkdir(parents=True, exist_ok=True)
