@@ -462,48 +462,49 @@ class WholeImages(torch.utils.data.Dataset):
 
 
 class Pyramid(nn.Module):
-    """Four maps of a timm backbone, at strides of about 4, 8, 16, 32 pixels.
+    """Maps of a timm backbone at strides of about 8, 16 and 32 pixels, or 4 too.
 
     Args:
         backbone: gives maps of these strides, or is a plain ViT; then the maps after blocks n/3 - 1, n/2 - 1,
-            2n/3 - 1 and n - 1 are brought to these strides by the patch's own ratio.
+            2n/3 - 1 and n - 1 are brought to strides 4 to 32 by the patch's own ratio.
         name: to name in errors.
+        p2: stride 4 too.
 
     Attributes:
-        strides, channels: of the four maps.
+        strides, channels: of the maps.
     """
 
-    def __init__(self, backbone: nn.Module, name: str):
+    def __init__(self, backbone: nn.Module, name: str, p2: bool):
         super().__init__()
-        self.backbone, info = backbone, getattr(backbone, "feature_info", None)
-        reductions = [stage["reduction"] for stage in info] if hasattr(backbone, "forward_intermediates") else []
-        self.scale = nn.ModuleList([nn.Identity()] * 4)
-        if len(set(reductions)) == 1:
+        self.backbone, info = backbone, getattr(backbone, "feature_info", [])
+        reductions = [stage["reduction"] for stage in info]
+        self.strides, first = [4, 8, 16, 32], 0 if p2 else 1
+        doublings = [0] * 4
+        if hasattr(backbone, "forward_intermediates") and len(set(reductions)) == 1:
             n, patch = len(reductions), reductions[0]
-            self.indices = [max(0, i) for i in (n // 3 - 1, n // 2 - 1, 2 * n // 3 - 1, n - 1)]
-            self.channels = [info[i]["num_chs"] for i in self.indices]
-            doublings = [round(math.log2(patch / stride)) for stride in (4, 8, 16, 32)]
+            indices = [max(0, i) for i in (n // 3 - 1, n // 2 - 1, 2 * n // 3 - 1, n - 1)]
+            doublings = [round(math.log2(patch / stride)) for stride in self.strides]
             self.strides = [patch / 2**d for d in doublings]
-            self.scale = nn.ModuleList(map(self._rescale, doublings, self.channels))
-        elif {4, 8, 16, 32} <= set(reductions):
-            self.strides = [4, 8, 16, 32]
-            self.indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in self.strides]
-            self.channels = [info[i]["num_chs"] for i in self.indices]
+        elif hasattr(backbone, "forward_intermediates") and set(self.strides) <= set(reductions):
+            indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in self.strides]
         else:
-            common.fail(f"--weights {name}: timm gives no maps of strides 4, 8, 16, 32 of this arch, as it does "
-                        "of ResNet, Swin, ConvNeXt and plain ViT")
+            common.fail(f"--weights {name}: timm gives no maps of strides 4, 8, 16, 32 of this arch, as it "
+                        "does of ResNet, Swin, ConvNeXt and plain ViT")
+        self.strides, self.indices = self.strides[first:], indices[first:]
+        self.channels = [info[i]["num_chs"] for i in self.indices]
+        self.scale = nn.ModuleList(map(self._rescale, doublings[first:], self.channels))
 
     @staticmethod
     def _rescale(doublings: int, channels: int) -> nn.Module:
         if doublings <= 0:
             return nn.MaxPool2d(2**-doublings) if doublings else nn.Identity()
-        double = [nn.ConvTranspose2d(channels, channels, 2, 2) for _ in range(doublings)]
-        between = [(nn.BatchNorm2d(channels), nn.GELU()) for _ in range(doublings - 1)]
-        return nn.Sequential(double[0], *(layer for pair in zip(between, double[1:], strict=True)
-                                          for layer in (*pair[0], pair[1])))
+        layers = []
+        for _ in range(doublings):
+            layers += [nn.ConvTranspose2d(channels, channels, 2, 2), nn.BatchNorm2d(channels), nn.GELU()]
+        return nn.Sequential(*layers[:-2])
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """B x C x H x W, sides multiples of the last stride -> four maps B x channels x h x w."""
+        """B x C x H x W, sides multiples of the last stride -> maps B x channels x h x w."""
         asked = sorted(set(self.indices))
         maps = self.backbone.forward_intermediates(images, indices=asked, intermediates_only=True)
         maps = dict(zip(asked, maps, strict=True))
@@ -517,23 +518,21 @@ class Detector(nn.Module):
         pyramid: of the backbone.
         C: classes.
         oriented: two more numbers per position, for the angle.
-        p2: start with the map of stride 4.
         dim: channels.
         convs: convolutions of each head.
         learns: the backbone is trained; else frozen.
         keeps_statistics: the backbone stays in eval mode, so that BatchNorm keeps its statistics.
     """
 
-    def __init__(self, pyramid: Pyramid, C: int, oriented: bool, p2: bool, dim: int, convs: int, learns: bool,
+    def __init__(self, pyramid: Pyramid, C: int, oriented: bool, dim: int, convs: int, learns: bool,
                  keeps_statistics: bool):
         super().__init__()
-        self.pyramid, self.first, self.oriented = pyramid, 0 if p2 else 1, oriented
+        self.pyramid, self.oriented = pyramid, oriented
         self.learns, self.keeps_statistics = learns, keeps_statistics
-        strides = pyramid.strides[self.first :]
-        self.strides = [*strides, 2 * strides[-1], 4 * strides[-1]]
-        self.laterals = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in pyramid.channels[self.first :])
-        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in strides)
-        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, 2, padding=1) for _ in range(2))
+        self.strides = [*pyramid.strides, 2 * pyramid.strides[-1], 4 * pyramid.strides[-1]]
+        self.laterals = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in pyramid.channels)
+        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in pyramid.strides)
+        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, 2) for _ in range(2))
         self.class_tower, self.box_tower = (nn.Sequential(*(
             layer for _ in range(convs)
             for layer in (nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(32, dim), nn.ReLU())))
@@ -560,7 +559,7 @@ class Detector(nn.Module):
         in_chans = next(p.shape[1] for p in backbone.parameters() if p.ndim == 4)
         parameters = [p for p in backbone.parameters() if p.requires_grad]
         maps = self.pyramid(torch.zeros(1, in_chans, side, side))
-        gradients = torch.autograd.grad(sum(x.sum() for x in maps[self.first :]), parameters, allow_unused=True)
+        gradients = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
         for p, gradient in zip(parameters, gradients, strict=True):
             p.requires_grad_(gradient is not None)
 
@@ -580,12 +579,13 @@ class Detector(nn.Module):
         """
         multiple = round(self.pyramid.strides[-1])
         images = F.pad(images, (0, -images.shape[3] % multiple, 0, -images.shape[2] % multiple))
-        maps = [lateral(x) for lateral, x in zip(self.laterals, self.pyramid(images)[self.first :], strict=True)]
+        maps = [lateral(x) for lateral, x in zip(self.laterals, self.pyramid(images), strict=True)]
         for finer, coarser in zip(maps[-2::-1], maps[:0:-1], strict=True):  # from the top down
             finer += F.interpolate(coarser, size=finer.shape[2:], mode="nearest")
         maps = [conv(x) for conv, x in zip(self.smooth, maps, strict=True)]
-        maps.append(self.coarser[0](maps[-1]))
-        maps.append(self.coarser[1](maps[-1].relu()))
+        # Padded by hand: oneDNN's bf16 gradient of a padded convolution of a 1 x 1 map is NaN at times.
+        maps.append(self.coarser[0](F.pad(maps[-1], [1] * 4)))
+        maps.append(self.coarser[1](F.pad(maps[-1].relu(), [1] * 4)))
         logits, raw, positions, strides = [], [], [], []
         for x, stride in zip(maps, self.strides, strict=True):
             logits.append(self.to_logits(self.class_tower(x)).flatten(2))
@@ -941,7 +941,7 @@ def train(backbone: nn.Module, report: str, samples: list[Sample], classes: list
     run = common.Run(args, process, samples=len(dataset), images=len(samples),
                      free_flags=common.FREE_FLAGS | {"predict"})
     torch.manual_seed(args.seed)
-    detector = Detector(Pyramid(backbone, args.weights), len(classes), oriented, args.p2, args.fpn_dim,
+    detector = Detector(Pyramid(backbone, args.weights, args.p2), len(classes), oriented, args.fpn_dim,
                         args.head_convs, args.finetune, keeps_statistics=args.weights != "random")
     common.to_device(detector, process.device).train()
     optimizer, scaler = build_optimizer(detector, args), run.scaler
@@ -994,7 +994,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     args.img_size = args.img_size or saved["img_size"]
     paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
     backbone, args, report = prepare(str(source), args, {})
-    detector = Detector(Pyramid(backbone, args.weights), len(saved["classes"]), saved["oriented"], saved["p2"],
+    detector = Detector(Pyramid(backbone, args.weights, saved["p2"]), len(saved["classes"]), saved["oriented"],
                         saved["fpn_dim"], saved["head_convs"], learns=False, keeps_statistics=True)
     detector.load_state_dict(saved["detector"] | detector.pyramid.state_dict(prefix="pyramid."))
     out = common.make_output_dir(args.output_dir, process) / "predictions"

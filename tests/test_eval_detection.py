@@ -3,16 +3,17 @@
 import argparse
 import json
 import math
+import os
 import shutil
 import signal
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import shapely
 import torch
 import torchvision
+from conftest import Run, assert_same_state
 from PIL import Image
 from shapely import affinity
 
@@ -457,8 +458,190 @@ def detect(monkeypatch):
 
 
 @pytest.mark.parametrize("boxes", ["oriented", "horizontal"])
-def test_four_images_are_learned(drawn, detect, tmp_path, boxes):
+def test_four_images_are_learned(drawn, detect, tmp_path, monkeypatch, boxes):
     """The test that the whole is right: labels, windows, targets, losses, decoding, merging and AP."""
     (result,) = detect(drawn, tmp_path, "--boxes", boxes, *"--img_size 96 --p2 --epochs 250".split(),
                        *"--lr 6e-3 --backbone_lr 6e-3".split())
     assert result["ap50"] > 95 and result["ap50_eleven_points"] > 95
+    assert (result["boxes"], result["per_class"]["car"]["boxes"]) == (boxes, 25)
+    width, height = Image.open(tmp_path / "examples.png").size
+    assert (width, height) == (2 * 800 + 8, 4 * 808)
+    # New images: the text of each can be read as labels, and holds what the true labels hold.
+    words = ["--predict", drawn / "val/images", "--weights", tmp_path, "--output_dir", tmp_path, "--num_workers", 0]
+    monkeypatch.setattr(sys, "argv", list(map(str, ["eval_detection.py", *words])))
+    ed.main()
+    missed, doubled = 0, 0
+    for file in sorted((drawn / "val/labelTxt").iterdir()):
+        truth, guess = ([ed.parse_label(line, False, (96, 96)) for line in path.read_text().splitlines()]
+                        for path in (file, tmp_path / "predictions" / file.name))
+        sides = [ed.to_boxes(torch.tensor(np.array([x[0] for x in part])), boxes == "oriented") for part in (truth, guess)]
+        overlap = ed.iou_matrix(*sides)
+        missed, doubled = missed + (overlap.max(1) < 0.5).sum(), doubled + ((overlap > 0.5).sum(1) > 1).sum()
+        for i, j in zip(*(overlap > 0.5).nonzero(), strict=True):
+            assert truth[i][1] == guess[j][1]
+    assert missed <= 4 and doubled == 0
+
+
+@pytest.mark.parametrize("finetune", [True, False])
+def test_frozen_means_frozen(drawn, detect, tmp_path, finetune):
+    """A pre-trained backbone keeps its BatchNorm statistics, frozen its weights too; untrained ones learn both."""
+    torch.manual_seed(5)
+    source = common.build_backbone("test_resnet", 64)
+    common.export_backbone(source, tmp_path / "source", 64, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    flag = "--finetune" if finetune else "--no-finetune"
+    lines = detect(drawn, tmp_path / "out", flag, "--weights", "random", tmp_path / "source")
+    assert [line["weights"] for line in lines] == [str(tmp_path / "source"), "random"]
+    kinds = {"mean": source.state_dict(), "weight": dict(source.named_parameters())}
+    for folder, before in (("random", None), (str(tmp_path / "source").replace("/", "_").strip("_"), source)):
+        if before is None:
+            torch.manual_seed(0)
+            before = common.build_backbone("test_resnet", 64)
+        after, _ = common.read_weights(str(tmp_path / "out" / folder))
+        same = {name: torch.equal(x, after[name]) for name, x in before.state_dict().items()}
+        weights = {name: same[name] for name in kinds["weight"]}
+        statistics = {name: equal for name, equal in same.items() if name.endswith(("running_mean", "running_var"))}
+        assert all(weights.values()) != finetune and any(weights.values()) != finetune
+        assert all(statistics.values()) == (before is source or not finetune)
+
+
+@pytest.mark.parametrize("arch, flags", [
+    ("test_vit", []), ("test_vit", ["--p2", "--patch_size", "8"]), ("test_convnext", ["--amp", "bf16"]),
+    ("test_resnet", "--optimizer sgd --lr .005 --schedule 1 --save_every 1 --accum_steps 2 --batch_size_per_gpu 2".split()),
+    ("swin_tiny_patch4_window7_224", ["--max_steps", "1"])])
+def test_archs_and_recipes_run(drawn, detect, tmp_path, arch, flags):
+    lines = detect(drawn, tmp_path, "--arch", arch, *flags)
+    assert len(lines) == ("--max_steps" not in flags)
+    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    assert all(math.isfinite(line["loss"]) for line in log)
+    if "--schedule" in flags:
+        assert [line["lr"] for line in log] == [0.005, 0.0005]
+
+
+def test_any_bands(drawn, detect, tmp_path):
+    """Five bands of floats, as they are measured."""
+    for image in (drawn / "train/images").iterdir():
+        pixels = np.asarray(Image.open(image), np.float32)
+        for part in ("train", "val"):
+            (tmp_path / part / "images").mkdir(parents=True, exist_ok=True)
+            np.save(tmp_path / part / "images" / f"{image.stem}.npy", pixels[..., [0, 1, 2, 0, 1]] / 100 - 1)
+            shutil.copytree(drawn / part / "labelTxt", tmp_path / part / "labelTxt", dirs_exist_ok=True)
+    five = ["--in_chans", 5, "--mean", *[0.2] * 5, "--std", *[0.5] * 5]
+    assert len(detect(tmp_path, tmp_path / "out", *five)) == 1
+    assert common.read_weights(str(tmp_path / "out"))[0]["conv1.0.weight"].shape[1] == 5
+    with pytest.raises(SystemExit):
+        detect(tmp_path, tmp_path / "out2", "--in_chans", 5)
+
+
+def test_a_run_stopped_by_a_signal_resumes_as_if_it_had_not(drawn, detect, tmp_path, monkeypatch, capsys):
+    detect(drawn, tmp_path / "whole")
+    original, calls = ed.BoxWindows.__getitem__, []
+
+    def interrupted(self, key):
+        calls.append(key)
+        if len(calls) == 9:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, key)
+
+    monkeypatch.setattr(ed.BoxWindows, "__getitem__", interrupted)
+    assert detect(drawn, tmp_path / "parts") == [] and "without a result" in capsys.readouterr().out
+    (line,) = detect(drawn, tmp_path / "parts")
+    assert 8 < len(calls) <= 33 and line["ap50"] >= 0
+    states = [torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "parts")]
+    assert_same_state(*states)
+
+
+def test_two_processes_equal_one_on_the_joint_batch(drawn, tmp_path):
+    """A ViT, which has no BatchNorm; weights and figures."""
+    states = []
+    for processes in (1, 2):
+        flags = [*SMALL, "--arch", "test_vit", "--batch_size_per_gpu", 4 // processes]
+        out = tmp_path / str(processes)
+        words = ["--data_path", drawn, "--output_dir", out, *flags]
+        Run(tmp_path / f"log{processes}", "eval_detection", *words, processes=processes).finish()
+        states.append((torch.load(out / "detector.pth", weights_only=True)["detector"],
+                       json.loads((out / "results.jsonl").read_text())))
+    (one, line), (two, other) = states
+    for name, x in one.items():
+        torch.testing.assert_close(two[name], x, atol=2e-4, rtol=1e-3)
+    assert line["ap50"] == pytest.approx(other["ap50"], abs=0.5)
+
+
+# ------------------------------------------------------------------ labels and flags
+
+
+GOOD = "10 10 30 10 30 20 10 20 car 0\n"
+
+
+@pytest.mark.parametrize("train, val, words", [
+    ("10 10 30 10 30 20 car 0\n", GOOD, "line 1: 8 words, not x1 y1"),
+    (GOOD + "10 10 30 10 30 20 10 x car 0\n", GOOD, "line 2: could not convert string to float: 'x'"),
+    ("10 10 30 10 30 20 10 nan car 0\n", GOOD, "not finite"),
+    (GOOD, GOOD.replace("car", "bus"), "unknown classes, which val/ has, and train/ lacks (see classes.txt): bus"),
+    ("", GOOD, "holds no box"), (GOOD.replace("0", "900"), GOOD, "holds no box")])
+def test_bad_labels_are_one_line(tmp_path, detect, capsys, train, val, words):
+    for part, text in (("train", train), ("val", val)):
+        (tmp_path / part / "images").mkdir(parents=True)
+        (tmp_path / part / "labelTxt").mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / part / "images/a.png")
+        (tmp_path / part / "labelTxt/a.txt").write_text(text)
+    with pytest.raises(SystemExit):
+        detect(tmp_path, tmp_path / "out")
+    error = capsys.readouterr().err
+    assert words in error and error.splitlines()[-1].startswith("error: --data_path")
+
+
+def yolo(root, text, classes=""):
+    for part in ("train", "val"):
+        (root / "images" / part).mkdir(parents=True)
+        (root / "labels" / part).mkdir(parents=True)
+        for name in "ab":  # b has no labels, an image without objects
+            Image.new("RGB", (200, 100)).save(root / "images" / part / f"{name}.png")
+        (root / "labels" / part / "a.txt").write_text(text)
+        if classes:
+            (root / "classes.txt").write_text(classes)
+    return ed.load_data(str(root))
+
+
+def test_yolo_labels(tmp_path):
+    (image, empty), _, classes, oriented = yolo(tmp_path / "a", "2 .5 .5 .2 .4\n", "plane\nship\ncar\n")
+    assert classes == ["plane", "ship", "car"] and not oriented
+    assert image.labels.tolist() == [2] and not len(empty.labels) and image.size == (100, 200)
+    torch.testing.assert_close(ed.to_boxes(image.corners, False), torch.tensor([[100.0, 50, 40, 40, 0]]))
+    (image, _), _, classes, oriented = yolo(tmp_path / "b", "3 .1 .5 .2 .4 .3 .6 .2 .7\n")
+    assert classes == ["0", "1", "2", "3"] and oriented
+    torch.testing.assert_close(image.corners[0], torch.tensor([[20.0, 50], [40, 40], [60, 60], [40, 70]]))
+
+
+@pytest.mark.parametrize("text, words", [
+    ("0 .5 .5 -.2 .4", "line 1: a box of size -0.2 x 0.4"), ("0 .5 .5 .2", "line 1: 4 words, not class cx cy w h"),
+    ("7 .5 .5 .2 .4", "lacks: 7")])
+def test_bad_yolo_labels(tmp_path, capsys, text, words):
+    with pytest.raises(SystemExit):
+        yolo(tmp_path, text, "plane\n")
+    assert words in capsys.readouterr().err
+
+
+def test_dota_labels(tmp_path, capsys):
+    """Header lines, corners in any order, difficult boxes; what lies outside is said and left out."""
+    text = "imagesource:GoogleEarth\ngsd:0.146\n30 10 10 20 10 10 30 20 car 1\n" + GOOD
+    for part in ("train", "val"):
+        (tmp_path / part / "images").mkdir(parents=True)
+        (tmp_path / part / "labelTxt").mkdir()
+        Image.new("RGB", (64, 64)).save(tmp_path / part / "images/a.png")
+        (tmp_path / part / "labelTxt/a.txt").write_text(text + "70 10 90 10 90 20 70 20 car 0\n")
+    (image,), _, classes, oriented = ed.load_data(str(tmp_path))
+    assert classes == ["car"] and image.difficult.tolist() == [True, False] and not oriented
+    boxes = ed.to_boxes(image.corners, True)
+    torch.testing.assert_close(boxes, torch.tensor([[20.0, 15, 20, 10, 0]] * 2))
+    assert "1 boxes outside their images, left out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("", "--data_path or --predict"), ("--data_path x --fpn_dim 32", "--fpn_dim 32: must be a multiple of 64"),
+    ("--predict x --weights a b", "one at a time"), ("--data_path x --schedule 12", "less than --epochs 12"),
+    ("--data_path x --mean .5 .5", "--mean, --std"), ("--data_path x --weights a a", "one of them twice")])
+def test_flags_that_contradict_each_other(capsys, flags, words):
+    args = ed.get_parser().parse_args(["--weights", "random", "--output_dir", "o", *flags.split()])
+    with pytest.raises(SystemExit):
+        ed.check_args(args)
+    assert words in capsys.readouterr().err
