@@ -23,7 +23,7 @@ best detectors get more. Read `assign`, `decode`, `kld_loss` and `detection_loss
     P         P             img_size (1024)           positions: all cells of all maps
     C         C             -                         classes
     N, M      -             -                         boxes
-    s         strides       p2 (off)                  pixels from one position to the next: 8 to 128, p2: 4 too
+    s         strides       p2 (off)                  pixels between positions: 8 to 128, with p2 4 too
     l t r b   sides         -                         distances to a box's sides, in the box's own axes
     theta     angle         boxes                     of the longer side, in [-pi/2, pi/2), y downwards
 
@@ -76,8 +76,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", help="folder with train/ and val/ (or test/), each with images/ and labelTxt/ or labels/")
-    add("--predict", help="instead: find the boxes in this folder's images, with an --output_dir as --weights")
+    add("--data_path", help="train/ and val/ (or test/), each with images/ and labelTxt/ or labels/")
+    add("--predict", help="instead: find boxes in this folder's images, with an --output_dir as --weights")
     add("--boxes", choices=["auto", "oriented", "horizontal"], default="auto", help="auto: horizontal where "
         "all labels are")
     add("--img_size", type=positive(int), help="side of the windows; larger images are cut into them. "
@@ -91,8 +91,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("model").add_argument
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
         "name of timm's pretrained weights, random")
-    add("--arch", help="timm name, of a net with maps of strides 4 to 32 or a plain ViT; for a bare state dict "
-        "and for random")
+    add("--arch", help="timm name of a net with maps of strides 4 to 32, or of a plain ViT; for a bare state "
+        "dict and for random")
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
     add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
@@ -110,12 +110,12 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size_per_gpu", type=positive(int), default=2, help="windows per process and micro-batch")
     add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="the papers: sgd")
-    add("--lr", type=positive(float), default=1e-3, help="not scaled to the batch; we recommend 2e-3 on small "
-        "data; the papers: .005 for two images, with sgd")
+    add("--lr", type=positive(float), default=1e-3, help="not scaled to the batch; we recommend 2e-3 on "
+        "small data; the papers: .005 for two images, with sgd")
     add("--backbone_lr", type=positive(float), help="default: .3 of --lr")
     add("--schedule", type=positive(int), nargs="+", help="epochs at which the rate falls to a tenth; the "
         "papers: 8 11; default: cosine to 0")
-    add("--weight_decay", type=not_negative(float), default=0.05, help="not on biases and norms; with sgd 1e-4")
+    add("--weight_decay", type=not_negative(float), default=0.05, help="not on biases and norms; sgd: 1e-4")
     add("--clip_grad", type=not_negative(float), default=35.0, help="greatest norm of the gradient; 0: any")
 
     common.add_run_flags(parser)
@@ -133,12 +133,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.fpn_dim % 64:  # GroupNorm takes 32 groups, of two channels or more where a map is one cell
         common.fail(f"--fpn_dim {args.fpn_dim}: must be a multiple of 64")
     if args.schedule and max(args.schedule) >= args.epochs:
-        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be less than --epochs {args.epochs}")
-    for name in ("mean", "std"):
-        given = getattr(args, name)
-        if given and len(given) != (args.in_chans or len(given)):
-            common.fail(f"--{name}: {len(given)} values, but --in_chans {args.in_chans}")
-    if (args.mean is None) != (args.std is None) or len(args.mean or ()) != len(args.std or ()):
+        common.fail(f"--schedule {max(args.schedule)}: must be less than --epochs {args.epochs}")
+    if len(args.mean or ()) != len(args.std or ()):
         common.fail("--mean, --std: give both, with a value for each band")
     args.backbone_lr = args.backbone_lr or 0.3 * args.lr
     args.img_size = args.img_size or (None if args.predict else 1024)
@@ -171,7 +167,7 @@ def canonical(boxes: Tensor) -> Tensor:
 
 
 def to_boxes(corners: Tensor, oriented: bool) -> Tensor:
-    """Corners N x 4 x 2 in any order -> the smallest rectangles N x 5; not oriented: upright ones, angle 0."""
+    """Corners N x 4 x 2 in any order -> smallest rectangles N x 5; not oriented: upright ones, angle 0."""
     if not oriented:
         low, high = corners.amin(1), corners.amax(1)
         return torch.cat([(low + high) / 2, high - low, torch.zeros_like(low[:, :1])], 1)
@@ -191,7 +187,7 @@ def to_boxes(corners: Tensor, oriented: bool) -> Tensor:
 def to_polygons(boxes: Tensor) -> np.ndarray:
     """Boxes N x 5 -> N polygons of shapely, whose corners lie on a grid of 1/1024 px.
 
-    Without it shapely 2.2 gives two polygons that differ by the last bits no intersection, once in a thousand.
+    Two polygons that differ in their last bits alone have, for shapely 2.2, now and then no intersection.
     """
     return shapely.polygons(np.round(1024 * to_corners(boxes.double()).numpy()) / 1024)
 
@@ -269,8 +265,8 @@ def parse_label(line: str, yolo: bool, size: tuple[int, int]) -> tuple[np.ndarra
     if not words or (not yolo and words[0].lower().startswith(("imagesource", "gsd"))):
         return None
     if len(words) not in ((5, 9) if yolo else (9, 10, 11)):
-        wanted = "class cx cy w h, or class and 4 corners" if yolo else "x1 y1 x2 y2 x3 y3 x4 y4 class difficult"
-        raise ValueError(f"{len(words)} words, not {wanted}")
+        raise ValueError(f"{len(words)} words, not " + ("class cx cy w h, or class and 4 corners" if yolo else
+                                                        "x1 y1 x2 y2 x3 y3 x4 y4 class difficult"))
     name, rest = (words[0], words[1:]) if yolo else (words[8], words[:8])
     numbers, difficult = np.array(rest, dtype=np.float64), not yolo and len(words) > 9 and int(words[9]) > 0
     if not np.isfinite(numbers).all():
@@ -291,7 +287,7 @@ def find_part(root: Path, part: str) -> tuple[Path, Path, bool]:
             folders = [root / pattern.format(part=part, kind=kind) for kind in (images, name)]
             if all(folder.is_dir() for folder in folders):
                 return *folders, yolo
-    common.fail(f"--data_path {root}: needs {part}/images with {part}/labelTxt (DOTA) or {part}/labels (YOLO)")
+    common.fail(f"--data_path {root}: needs {part}/images and {part}/labelTxt (DOTA) or {part}/labels (YOLO)")
 
 
 def read_part(root: Path, part: str) -> tuple[list[tuple], bool]:
@@ -338,41 +334,34 @@ def load_data(data_path: str) -> tuple[list[Sample], list[Sample], list[str], bo
         classes = of_train
     numbers = {str(i) if yolo else name: i for i, name in enumerate(classes)}
     if unknown := [name for name in found if name not in numbers]:
-        known = f"{names} lacks" if names.is_file() else f"{test_name}/ has, and train/ lacks (see classes.txt)"
+        known = f"{names} lacks" if names.is_file() else "train/ lacks (list them in classes.txt)"
         common.fail(f"--data_path {root}: unknown classes, which {known}: {', '.join(unknown[:10])}")
-
-    def samples(part: list[tuple]) -> list[Sample]:
-        made = []
-        for path, size, objects in part:
-            corners, names, difficult = zip(*objects, strict=True) if objects else ([], [], [])
-            made.append(Sample(path, size, torch.tensor(np.array(corners), dtype=torch.float32).view(-1, 4, 2),
-                               torch.tensor([numbers[name] for name in names], dtype=torch.long),
-                               torch.tensor(difficult, dtype=torch.bool)))
-        return made
-
-    train, test = samples(train), samples(test)
+    train, test = ([Sample(path, size, torch.tensor(np.array([x[0] for x in objects])).float().view(-1, 4, 2),
+                           torch.tensor([numbers[name] for _, name, _ in objects], dtype=torch.long),
+                           torch.tensor([x[2] for x in objects], dtype=torch.bool))
+                    for path, size, objects in part] for part in (train, test))
     corners = torch.cat([sample.corners for sample in (*train, *test)])
     upright = to_corners(to_boxes(corners, oriented=False))
     away = (corners[:, :, None] - upright[:, None]).norm(dim=-1)  # N x 4 x 4: each must meet one of the other
     return train, test, classes, bool((torch.maximum(away.amin(1), away.amin(2)) > 0.05).any())
 
 
-def window_starts(side: int, img_size: int) -> list[int]:
-    """Where windows begin along a side: a fifth overlaps, the last is shifted inwards."""
-    step = max(1, round(0.8 * img_size))
-    count = 1 + max(0, math.ceil((side - img_size) / step))
-    return [max(0, min(i * step, side - img_size)) for i in range(count)]
-
-
 def windows_of(size: tuple[int, int], img_size: int) -> list[tuple[int, int]]:
-    """Upper left corners (top, left) of the windows that cover an image."""
-    return list(itertools.product(*(window_starts(side, img_size) for side in size)))
+    """Tops and lefts of windows that cover an image; a fifth overlaps, the last are shifted inwards."""
+    step, starts = max(1, round(0.8 * img_size)), []
+    for side in size:
+        count = 1 + max(0, math.ceil((side - img_size) / step))
+        starts.append([max(0, min(i * step, side - img_size)) for i in range(count)])
+    return list(itertools.product(*starts))
 
 
 def share_inside(corners: Tensor, window: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
-    """How much of the part of each box within the image (height, width) a window left, top, right, bottom has.
+    """N shares, of what the image (height, width) holds of each box, that a window holds.
 
-    Corners N x 4 x 2, in order around the box; shares N.
+    Args:
+        corners: N x 4 x 2, in order around the box.
+        window: left, top, right, bottom.
+        size: height, width.
     """
     polygons = shapely.polygons(corners.double().numpy())
     visible, seen = (shapely.area(shapely.intersection(polygons, shapely.box(*box)))
@@ -392,7 +381,8 @@ class BoxWindows(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples: list[Sample], img_size: int, mean: list[float], oriented: bool, seed: int):
-        self.samples, self.img_size, self.mean, self.oriented, self.seed = samples, img_size, mean, oriented, seed
+        self.samples, self.img_size, self.mean = samples, img_size, mean
+        self.oriented, self.seed = oriented, seed
         # An image comes once in an epoch for each of the windows that cover it.
         self.images = [i for i, sample in enumerate(samples) for _ in windows_of(sample.size, img_size)]
         self.most = max(len(sample.labels) for sample in samples)
@@ -410,8 +400,9 @@ class BoxWindows(torch.utils.data.Dataset):
         corners = to_corners(to_boxes(sample.corners, self.oriented))  # in order around the box
         top, left = self._place(corners, (height, width))
         bottom, right = min(top + S, height), min(left + S, width)
-        fill = torch.tensor(self.mean).view(-1, 1, 1) * (255 if image.dtype == torch.uint8 else 1)
-        window = fill.round().to(image.dtype).expand(-1, S, S).clone()
+        fill = torch.tensor(self.mean).view(-1, 1, 1)
+        fill = (255 * fill).round().byte() if image.dtype == torch.uint8 else fill
+        window = fill.repeat(1, S, S)
         window[:, : bottom - top, : right - left] = image[:, top:bottom, left:right]
         share = share_inside(corners, (left, top, right, bottom), (height, width))
         labels = torch.where(share < 0.7, -1, sample.labels)[share > 0]
@@ -438,22 +429,6 @@ class BoxWindows(torch.utils.data.Dataset):
         if torch.rand(()) < 0.5:
             window, corners = window.flip(-1), torch.stack([S - corners[..., 0], corners[..., 1]], -1)
         return window.contiguous(), corners
-
-
-class WholeImages(torch.utils.data.Dataset):
-    """Images to evaluate or predict: C x H x W pixels, empty where unreadable, and what is wrong."""
-
-    def __init__(self, paths: list[str], in_chans: int):
-        self.paths, self.in_chans = paths, in_chans
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, str]:
-        try:
-            return common.read_pixels(self.paths[index], self.in_chans).contiguous(), ""
-        except common.UnreadableImageError as error:
-            return torch.empty(0), str(error)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -520,15 +495,11 @@ class Detector(nn.Module):
         oriented: two more numbers per position, for the angle.
         dim: channels.
         convs: convolutions of each head.
-        learns: the backbone is trained; else frozen.
-        keeps_statistics: the backbone stays in eval mode, so that BatchNorm keeps its statistics.
     """
 
-    def __init__(self, pyramid: Pyramid, C: int, oriented: bool, dim: int, convs: int, learns: bool,
-                 keeps_statistics: bool):
+    def __init__(self, pyramid: Pyramid, C: int, oriented: bool, dim: int, convs: int):
         super().__init__()
         self.pyramid, self.oriented = pyramid, oriented
-        self.learns, self.keeps_statistics = learns, keeps_statistics
         self.strides = [*pyramid.strides, 2 * pyramid.strides[-1], 4 * pyramid.strides[-1]]
         self.laterals = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in pyramid.channels)
         self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in pyramid.strides)
@@ -544,32 +515,10 @@ class Detector(nn.Module):
                 if isinstance(layer, nn.Conv2d):
                     nn.init.normal_(layer.weight, std=0.01)
                     nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.to_logits.bias, -math.log(0.99 / 0.01))  # every class begins at probability .01
+        nn.init.constant_(self.to_logits.bias, -math.log(0.99 / 0.01))  # begins at probability .01
         self.to_box.bias.data[:4] = 0.7
         if oriented:
             self.to_box.bias.data[6] = 1.0  # theta begins at 0
-        pyramid.backbone.requires_grad_(learns)
-        if learns:
-            self._freeze_unused()
-
-    @torch.enable_grad()
-    def _freeze_unused(self) -> None:
-        # What the maps do not depend on, such as a ViT's last norm: DDP would wait for its gradient.
-        backbone, side = self.pyramid.backbone.eval(), round(2 * self.pyramid.strides[-1])
-        in_chans = next(p.shape[1] for p in backbone.parameters() if p.ndim == 4)
-        parameters = [p for p in backbone.parameters() if p.requires_grad]
-        maps = self.pyramid(torch.zeros(1, in_chans, side, side))
-        gradients = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.requires_grad_(gradient is not None)
-
-    def train(self, mode: bool = True) -> nn.Module:
-        """Training mode, but for a backbone that is frozen or keeps its statistics."""
-        super().train(mode)
-        if self.keeps_statistics or not self.learns:
-            self.pyramid.backbone.eval()
-        return self
-
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Normalised images B x C x H x W of any size.
 
@@ -613,7 +562,7 @@ def decode(raw: Tensor, positions: Tensor, strides: Tensor) -> Tensor:
 
 
 def distances(positions: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions ... x 2 and boxes ... x 5, broadcast -> l t r b ... x 4, positions in the boxes' axes ... x 2."""
+    """Positions ... x 2, boxes ... x 5 -> l t r b ... x 4, the positions in the boxes' axes ... x 2."""
     local = torch.stack([((positions - boxes[..., :2]) * axis).sum(-1) for axis in axes(boxes)], -1)
     half = boxes[..., 2:4] / 2
     return torch.cat([half + local, half - local], -1), local
@@ -705,7 +654,7 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
     counts = torch.stack([chosen.sum(), centreness.sum()])  # over all processes, whose gradients are averaged
     if process.world_size > 1:
         dist.all_reduce(counts)
-    positives, weight = counts[0].clamp(min=1) / process.world_size, counts[1].clamp(min=1e-6) / process.world_size
+    positives, weight = torch.maximum(counts, counts.new_tensor([1, 1e-6])) / process.world_size
 
     raw = raw[of_image, of_position]
     boxes = decode(raw, positions[of_position], strides[of_position])
@@ -768,24 +717,22 @@ def detect_all(detector: Detector, paths: list[str], args: argparse.Namespace,
                process: Process) -> list[Found | None]:
     """Boxes of all images, in every process; None for unreadable ones, of which there may be 1 %."""
     detector.eval()
-    mine = range(process.rank, len(paths), process.world_size)
-    loader = torch.utils.data.DataLoader(
-        WholeImages(paths, len(args.mean)), batch_size=None, sampler=mine,
-        num_workers=common.worker_count(args.num_workers))
-    quiet, found, unreadable = not (process.is_main and sys.stderr.isatty()), [], []
-    for image, message in tqdm(loader, "images", leave=False, disable=quiet):
-        found.append(None if message else detect(detector, image, args, process))
-        unreadable += [message] * bool(message)
-    parts = [(found, unreadable)]
+    quiet, found = not (process.is_main and sys.stderr.isatty()), []
+    for path in tqdm(paths[process.rank :: process.world_size], "images", leave=False, disable=quiet):
+        try:
+            found.append(detect(detector, common.read_pixels(path, len(args.mean)), args, process))
+        except common.UnreadableImageError as error:
+            print(f"warning: unreadable, left out: {error}", file=sys.stderr)
+            found.append(None)
+    parts = [found]
     if process.world_size > 1:
         parts = [None] * process.world_size
-        dist.all_gather_object(parts, (found, unreadable), group=process.cpu_group)
-    unreadable = [message for _, messages in parts for message in messages]
-    for message in unreadable if process.is_main else []:
-        print(f"warning: unreadable, left out: {message}", file=sys.stderr)
-    if len(unreadable) > 0.01 * len(paths):
-        common.fail(f"{len(unreadable)} of {len(paths)} images unreadable, over 1 %", code=1)
-    return [parts[i % process.world_size][0][i // process.world_size] for i in range(len(paths))]
+        dist.all_gather_object(parts, found, group=process.cpu_group)
+    found = [parts[i % process.world_size][i // process.world_size] for i in range(len(paths))]
+    lost = sum(x is None for x in found)
+    if lost > 0.01 * len(paths):
+        common.fail(f"{lost} of {len(paths)} images unreadable, over 1 %", code=1)
+    return found
 
 
 def match(iou: np.ndarray, difficult: np.ndarray, threshold: float) -> np.ndarray:
@@ -842,10 +789,12 @@ def evaluate(found: list[Found | None], samples: list[Sample], classes: list[str
                                "ap75": ap[thresholds.index(0.75)][0]}
             if not oriented:
                 per_class[name]["ap50_95"] = sum(area for area, _ in ap) / len(ap)
+    if not per_class:
+        common.fail("--data_path: all boxes of the test images are difficult: nothing to measure", code=1)
     figures = [name for name in next(iter(per_class.values())) if name != "boxes"]
-    means = {name: sum(row[name] for row in per_class.values()) / len(per_class) for name in figures}
-    per_class = {name: {key: round(value, 3) for key, value in row.items()} for name, row in per_class.items()}
-    return {**{name: round(value, 3) for name, value in means.items()}, "per_class": per_class}
+    means = {name: round(np.mean([row[name] for row in per_class.values()]).item(), 3) for name in figures}
+    return {**means, "per_class": {name: {key: round(value, 3) for key, value in row.items()}
+                                   for name, row in per_class.items()}}
 
 
 COLOURS = ["#ffd500", "#00e5ff", "#ff5cf4", "#7dff4d", "#ff7b24", "#7c9dff", "#ffffff", "#ff4d5e"]
@@ -891,8 +840,9 @@ def draw_examples(path: Path, samples: list[Sample], found: list[Found | None], 
 # --------------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, args: argparse.Namespace, borrowed: dict) -> tuple[nn.Module, argparse.Namespace, str]:
-    """Backbone of one of --weights, the flags of its run, and a report; `random` borrows arch and channels."""
+def prepare(name: str, args: argparse.Namespace,
+            borrowed: dict) -> tuple[nn.Module, argparse.Namespace, str]:
+    """Backbone of one of --weights, the flags of its run, a report; `random` borrows arch, mean and std."""
     state, info = ({}, borrowed) if name == "random" else common.read_weights(name, args.checkpoint_key)
     args = copy.copy(args)
     args.weights, args.arch = name, args.arch or info.get("arch")
@@ -904,12 +854,26 @@ def prepare(name: str, args: argparse.Namespace, borrowed: dict) -> tuple[nn.Mod
     for key, usual in (("mean", common.IMAGENET_MEAN), ("std", common.IMAGENET_STD)):
         setattr(args, key, list(getattr(args, key) or info.get(key) or usual))
     if len(args.mean) != (args.in_chans or len(args.mean)):
-        common.fail(f"--in_chans {args.in_chans}: {name} has {len(args.mean)}; give --mean and --std of the bands")
+        common.fail(f"--in_chans {args.in_chans}: give --mean and --std of so many, not {len(args.mean)}")
     torch.manual_seed(args.seed)
     backbone = common.build_backbone(args.arch, args.img_size, args.patch_size, in_chans=len(args.mean))
     if not state:
         return backbone, args, f"{name}: initial weights of seed {args.seed}"
     return backbone, args, common.load_backbone(backbone, state, name, args.allow_partial)
+
+
+def set_trained(detector: Detector, learns: bool, in_chans: int) -> None:
+    """Chooses the backbone's parameters that learn: none, or those that its maps depend on.
+
+    DDP would wait for the gradient of the others, such as a ViT's last norm.
+    """
+    backbone, side = detector.pyramid.backbone.eval().requires_grad_(learns), round(2 * detector.strides[-3])
+    if learns:
+        maps = detector.pyramid(torch.zeros(1, in_chans, side, side))
+        parameters = [p for p in backbone.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.requires_grad_(gradient is not None)
 
 
 def build_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
@@ -942,8 +906,11 @@ def train(backbone: nn.Module, report: str, samples: list[Sample], classes: list
                      free_flags=common.FREE_FLAGS | {"predict"})
     torch.manual_seed(args.seed)
     detector = Detector(Pyramid(backbone, args.weights, args.p2), len(classes), oriented, args.fpn_dim,
-                        args.head_convs, args.finetune, keeps_statistics=args.weights != "random")
+                        args.head_convs).eval()
+    set_trained(detector, args.finetune, len(args.mean))
     common.to_device(detector, process.device).train()
+    # BatchNorm keeps its statistics, except those that an untrained backbone still has to find.
+    backbone.train(args.finetune and args.weights == "random")
     optimizer, scaler = build_optimizer(detector, args), run.scaler
     run.restore(backbone, detector=detector, optimizer=optimizer)
     if args.compile:
@@ -977,7 +944,7 @@ def train(backbone: nn.Module, report: str, samples: list[Sample], classes: list
     if run.stopped or run.stop_step < run.total_steps:
         return None
     if process.is_main:
-        state = {key: x for key, x in detector.state_dict().items() if not key.startswith("pyramid.backbone.")}
+        state = {name: x for name, x in detector.state_dict().items() if ".backbone." not in name}
         saved = {"detector": state, "classes": classes, "oriented": oriented, "p2": args.p2,
                  "fpn_dim": args.fpn_dim, "head_convs": args.head_convs, "img_size": args.img_size}
         common.write_atomically(run.out / "detector.pth", lambda file: torch.save(saved, file))
@@ -994,9 +961,9 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     args.img_size = args.img_size or saved["img_size"]
     paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
     backbone, args, report = prepare(str(source), args, {})
-    detector = Detector(Pyramid(backbone, args.weights, saved["p2"]), len(saved["classes"]), saved["oriented"],
-                        saved["fpn_dim"], saved["head_convs"], learns=False, keeps_statistics=True)
-    detector.load_state_dict(saved["detector"] | detector.pyramid.state_dict(prefix="pyramid."))
+    pyramid = Pyramid(backbone, args.weights, saved["p2"])
+    detector = Detector(pyramid, len(saved["classes"]), saved["oriented"], saved["fpn_dim"], saved["head_convs"])
+    detector.load_state_dict({**detector.pyramid.state_dict(prefix="pyramid."), **saved["detector"]})
     out = common.make_output_dir(args.output_dir, process) / "predictions"
     found = detect_all(common.to_device(detector, process.device), paths, args, process)
     if not process.is_main:
@@ -1009,7 +976,8 @@ def predict(args: argparse.Namespace, process: Process) -> None:
             numbers = " ".join(f"{x:.1f}" for x in to_corners(corners[None]).flatten().tolist())
             lines.append(f"{numbers} {saved['classes'][label]} 0 {score:.3f}\n")
         file.parent.mkdir(parents=True, exist_ok=True)
-        common.write_atomically(file, lambda stream, text="".join(lines): stream.write(text.encode()))
+        data = "".join(lines).encode()
+        common.write_atomically(file, lambda stream, data=data: stream.write(data))
     print(f"{len(paths)} images: {out}")
 
 
@@ -1036,7 +1004,7 @@ def run_all(args: argparse.Namespace, process: Process) -> None:
     prepared, borrowed = [], {}
     for name in sorted(args.weights, key="random".__eq__):  # random last: it borrows
         prepared.append(prepare(name, args, borrowed))
-        borrowed = borrowed or {key: getattr(prepared[0][1], key) for key in ("arch", "patch_size", "mean", "std")}
+        borrowed = {key: getattr(prepared[0][1], key) for key in ("arch", "patch_size", "mean", "std")}
     lines = []
     for backbone, own, report in prepared:
         began = time.perf_counter()

@@ -23,7 +23,9 @@ from demo.scenes import write_detection
 
 torch.set_num_threads(1)
 ALONE = common.Process(0, 1, torch.device("cpu"), None)
-SMALL = "--weights random --arch test_resnet --img_size 64 --fpn_dim 64 --head_convs 1 --num_workers 0".split()
+SMALL = (
+    "--weights random --arch test_resnet --img_size 64 --fpn_dim 64 --head_convs 1 --num_workers 0".split()
+)
 SMALL += "--batch_size_per_gpu 4 --epochs 2 --save_every 1000 --device cpu".split()
 
 
@@ -118,7 +120,9 @@ def test_windows_cover_an_image(height, width, S):
 
 def sample_of(boxes, size, path="", labels=None):
     labels = torch.zeros(len(boxes), dtype=torch.long) if labels is None else labels
-    return ed.Sample(path, size, ed.to_corners(boxes).float(), labels, torch.zeros(len(boxes), dtype=torch.bool))
+    return ed.Sample(
+        path, size, ed.to_corners(boxes).float(), labels, torch.zeros(len(boxes), dtype=torch.bool)
+    )
 
 
 def bright_image(path, boxes, size):
@@ -135,7 +139,9 @@ def bright_image(path, boxes, size):
 @pytest.mark.parametrize("oriented", [True, False])
 def test_windows_take_their_boxes_along(tmp_path, oriented):
     """White boxes are found at the targets' places; those cut off by more than .3 of them are marked."""
-    boxes = torch.tensor([[30, 40, 40, 12, 0.5], [90, 25, 30, 16, -1.2], [95, 80, 44, 10, 1.0], [2, 90, 20, 14, 0]])
+    boxes = torch.tensor(
+        [[30, 40, 40, 12, 0.5], [90, 25, 30, 16, -1.2], [95, 80, 44, 10, 1.0], [2, 90, 20, 14, 0]]
+    )
     if not oriented:
         boxes[:, 4] = 0
     path = str(tmp_path / "a.png")
@@ -176,7 +182,10 @@ class Oracle(torch.nn.Module):
         self.boxes = boxes
 
     def forward(self, windows):
-        logits, raw = torch.full((len(windows), len(self.boxes), 2), -9.0), torch.zeros(len(windows), len(self.boxes), 7)
+        logits, raw = (
+            torch.full((len(windows), len(self.boxes), 2), -9.0),
+            torch.zeros(len(windows), len(self.boxes), 7),
+        )
         places = self.boxes[:, :2] - windows[:, :2, 0, 0][:, None]  # B x N x 2
         for b, window in enumerate(windows):
             boxes = torch.cat([places[b], self.boxes[:, 2:]], 1)
@@ -212,8 +221,12 @@ def test_nothing_is_lost_or_doubled_between_windows():
 
 def grid(S=64, first=8):
     """Positions and strides of levels of a window: first, 2 first, ..., by a plain loop."""
-    cells = [(j * s + s / 2, i * s + s / 2, s) for s in (first, 2 * first, 4 * first, 8 * first)
-             for i in range(math.ceil(S / s)) for j in range(math.ceil(S / s))]
+    cells = [
+        (j * s + s / 2, i * s + s / 2, s)
+        for s in (first, 2 * first, 4 * first, 8 * first)
+        for i in range(math.ceil(S / s))
+        for j in range(math.ceil(S / s))
+    ]
     table = torch.tensor(cells)
     return table[:, :2], table[:, 2]
 
@@ -303,7 +316,15 @@ def test_giou_is_torchvisions():
 def slow_loss(outputs, targets):
     """The whole loss by loops, from the specification."""
     logits, raw, positions, strides = outputs
-    oriented, focal, boxes, centreness_loss, angle_term, positives, weights = raw.shape[2] == 7, 0, 0, 0, 0, 0, 0
+    oriented, focal, boxes, centreness_loss, angle_term, positives, weights = (
+        raw.shape[2] == 7,
+        0,
+        0,
+        0,
+        0,
+        0,
+        0,
+    )
     for b, rows in enumerate(targets):
         kept = rows[rows[:, 5] >= 0]
         index = slow_assign(positions, strides, kept[:, :5], rows[rows[:, 5] == -1, :5])
@@ -339,7 +360,9 @@ def random_case(oriented, B=3, seed=0):
     for b in range(B - 1):  # the last has no objects
         boxes = random_boxes(5 + b, seed=b, size=64, least=6).float()
         boxes[:, 4] *= oriented
-        targets[b, : len(boxes)] = torch.cat([boxes, torch.randint(-1, 3, (len(boxes), 1), generator=generator)], 1)
+        targets[b, : len(boxes)] = torch.cat(
+            [boxes, torch.randint(-1, 3, (len(boxes), 1), generator=generator)], 1
+        )
     return (logits.requires_grad_(), raw.requires_grad_(), positions, strides), targets
 
 
@@ -359,7 +382,9 @@ def test_loss_equals_a_slow_loop(oriented):
 
 def test_objects_without_a_position_are_counted():
     outputs, _ = random_case(True, B=1)
-    targets = torch.tensor([[[32.0, 32, 40, 1, 0, 0], [20, 20, 30, 20, 0.3, 1]]])  # the first lies between rows
+    targets = torch.tensor(
+        [[[32.0, 32, 40, 1, 0, 0], [20, 20, 30, 20, 0.3, 1]]]
+    )  # the first lies between rows
     assert ed.detection_loss(outputs, targets, ALONE)[1]["unseen"] == 1
 
 
@@ -368,10 +393,23 @@ def test_objects_without_a_position_are_counted():
 
 def slow_ap(found, samples, number, threshold):
     """One class, by VOC's rules, image by image and box by box."""
-    detections = sorted(((float(s), i, box) for i, (boxes, scores, labels) in enumerate(found)
-                         for box, s, c in zip(boxes, scores, labels, strict=True) if c == number), key=lambda x: -x[0])
-    truth = [[(polygon(b), bool(d)) for b, c, d in zip(ed.to_boxes(s.corners, True), s.labels, s.difficult, strict=True)
-              if c == number] for s in samples]
+    detections = sorted(
+        (
+            (float(s), i, box)
+            for i, (boxes, scores, labels) in enumerate(found)
+            for box, s, c in zip(boxes, scores, labels, strict=True)
+            if c == number
+        ),
+        key=lambda x: -x[0],
+    )
+    truth = [
+        [
+            (polygon(b), bool(d))
+            for b, c, d in zip(ed.to_boxes(s.corners, True), s.labels, s.difficult, strict=True)
+            if c == number
+        ]
+        for s in samples
+    ]
     count, used, hits, misses, curve = sum(not d for t in truth for _, d in t), set(), 0, 0, []
     for _, i, box in detections:
         ious = [iou(polygon(box), other) for other, _ in truth[i]]
@@ -395,9 +433,16 @@ def test_ap_equals_a_slow_one(seed):
     for image in range(4):
         boxes = random_boxes(12, seed=10 * seed + image, least=15).float()
         labels = torch.randint(0, 3, (12,), generator=r)
-        samples.append(sample_of(boxes, (100, 100), labels=labels)._replace(difficult=torch.rand(12, generator=r) < 0.2))
-        guess = torch.cat([boxes + torch.randn(12, 5, generator=r) * torch.tensor([2, 2, 3, 3, 0.1]),
-                           boxes[:5], random_boxes(5, seed=image).float()])
+        samples.append(
+            sample_of(boxes, (100, 100), labels=labels)._replace(difficult=torch.rand(12, generator=r) < 0.2)
+        )
+        guess = torch.cat(
+            [
+                boxes + torch.randn(12, 5, generator=r) * torch.tensor([2, 2, 3, 3, 0.1]),
+                boxes[:5],
+                random_boxes(5, seed=image).float(),
+            ]
+        )
         names = torch.cat([labels, labels[:5], torch.randint(0, 4, (5,), generator=r)])
         order = torch.rand(22, generator=r).sort(descending=True)
         found.append((guess[order.indices], order.values, names[order.indices]))
@@ -408,13 +453,17 @@ def test_ap_equals_a_slow_one(seed):
         assert (row["boxes"], row["ap50"]) == (count, pytest.approx(area, abs=1e-3))
         assert row["ap50_eleven_points"] == pytest.approx(points, abs=1e-3)
         assert row["ap75"] == pytest.approx(slow_ap(found, samples, number, 0.75)[0], abs=1e-3)
-    assert result["ap50"] == pytest.approx(np.mean([r["ap50"] for r in result["per_class"].values()]), abs=1e-3)
+    assert result["ap50"] == pytest.approx(
+        np.mean([r["ap50"] for r in result["per_class"].values()]), abs=1e-3
+    )
     assert 20 < result["ap50"] < 95
 
 
 def test_ap_of_an_example_by_hand():
     """Found, found again, difficult, wrong place, found; one missed: recall 1/3, 1/3, 1/3, 2/3."""
-    truth = torch.tensor([[20.0, 20, 20, 10, 0], [60, 20, 20, 10, 0], [20, 60, 20, 10, 0], [60, 60, 20, 10, 0]])
+    truth = torch.tensor(
+        [[20.0, 20, 20, 10, 0], [60, 20, 20, 10, 0], [20, 60, 20, 10, 0], [60, 60, 20, 10, 0]]
+    )
     sample = sample_of(truth, (100, 100))._replace(difficult=torch.tensor([False, True, False, False]))
     boxes = torch.stack([truth[0], truth[0], truth[1], truth[2] + torch.tensor([0, 30, 0, 0, 0]), truth[2]])
     found = [(boxes, torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5]), torch.zeros(5, dtype=torch.long))]
@@ -460,21 +509,41 @@ def detect(monkeypatch):
 @pytest.mark.parametrize("boxes", ["oriented", "horizontal"])
 def test_four_images_are_learned(drawn, detect, tmp_path, monkeypatch, boxes):
     """The test that the whole is right: labels, windows, targets, losses, decoding, merging and AP."""
-    (result,) = detect(drawn, tmp_path, "--boxes", boxes, *"--img_size 96 --p2 --epochs 250".split(),
-                       *"--lr 6e-3 --backbone_lr 6e-3".split())
+    (result,) = detect(
+        drawn,
+        tmp_path,
+        "--boxes",
+        boxes,
+        *"--img_size 96 --p2 --epochs 250".split(),
+        *"--lr 6e-3 --backbone_lr 6e-3".split(),
+    )
     assert result["ap50"] > 95 and result["ap50_eleven_points"] > 95
     assert (result["boxes"], result["per_class"]["car"]["boxes"]) == (boxes, 25)
     width, height = Image.open(tmp_path / "examples.png").size
     assert (width, height) == (2 * 800 + 8, 4 * 808)
     # New images: the text of each can be read as labels, and holds what the true labels hold.
-    words = ["--predict", drawn / "val/images", "--weights", tmp_path, "--output_dir", tmp_path, "--num_workers", 0]
+    words = [
+        "--predict",
+        drawn / "val/images",
+        "--weights",
+        tmp_path,
+        "--output_dir",
+        tmp_path,
+        "--num_workers",
+        0,
+    ]
     monkeypatch.setattr(sys, "argv", list(map(str, ["eval_detection.py", *words])))
     ed.main()
     missed, doubled = 0, 0
     for file in sorted((drawn / "val/labelTxt").iterdir()):
-        truth, guess = ([ed.parse_label(line, False, (96, 96)) for line in path.read_text().splitlines()]
-                        for path in (file, tmp_path / "predictions" / file.name))
-        sides = [ed.to_boxes(torch.tensor(np.array([x[0] for x in part])), boxes == "oriented") for part in (truth, guess)]
+        truth, guess = (
+            [ed.parse_label(line, False, (96, 96)) for line in path.read_text().splitlines()]
+            for path in (file, tmp_path / "predictions" / file.name)
+        )
+        sides = [
+            ed.to_boxes(torch.tensor(np.array([x[0] for x in part])), boxes == "oriented")
+            for part in (truth, guess)
+        ]
         overlap = ed.iou_matrix(*sides)
         missed, doubled = missed + (overlap.max(1) < 0.5).sum(), doubled + ((overlap > 0.5).sum(1) > 1).sum()
         for i, j in zip(*(overlap > 0.5).nonzero(), strict=True):
@@ -484,7 +553,7 @@ def test_four_images_are_learned(drawn, detect, tmp_path, monkeypatch, boxes):
 
 @pytest.mark.parametrize("finetune", [True, False])
 def test_frozen_means_frozen(drawn, detect, tmp_path, finetune):
-    """A pre-trained backbone keeps its BatchNorm statistics, frozen its weights too; untrained ones learn both."""
+    """A pre-trained backbone keeps its BatchNorm statistics, frozen its weights too; untrained ones learn."""
     torch.manual_seed(5)
     source = common.build_backbone("test_resnet", 64)
     common.export_backbone(source, tmp_path / "source", 64, common.IMAGENET_MEAN, common.IMAGENET_STD)
@@ -499,15 +568,26 @@ def test_frozen_means_frozen(drawn, detect, tmp_path, finetune):
         after, _ = common.read_weights(str(tmp_path / "out" / folder))
         same = {name: torch.equal(x, after[name]) for name, x in before.state_dict().items()}
         weights = {name: same[name] for name in kinds["weight"]}
-        statistics = {name: equal for name, equal in same.items() if name.endswith(("running_mean", "running_var"))}
+        statistics = {
+            name: equal for name, equal in same.items() if name.endswith(("running_mean", "running_var"))
+        }
         assert all(weights.values()) != finetune and any(weights.values()) != finetune
         assert all(statistics.values()) == (before is source or not finetune)
 
 
-@pytest.mark.parametrize("arch, flags", [
-    ("test_vit", []), ("test_vit", ["--p2", "--patch_size", "8"]), ("test_convnext", ["--amp", "bf16"]),
-    ("test_resnet", "--optimizer sgd --lr .005 --schedule 1 --save_every 1 --accum_steps 2 --batch_size_per_gpu 2".split()),
-    ("swin_tiny_patch4_window7_224", ["--max_steps", "1"])])
+@pytest.mark.parametrize(
+    "arch, flags",
+    [
+        ("test_vit", []),
+        ("test_vit", ["--p2", "--patch_size", "8"]),
+        ("test_convnext", ["--amp", "bf16"]),
+        (
+            "test_resnet",
+            "--optimizer sgd --lr .005 --schedule 1 --save_every 1 --accum_steps 2 --batch_size_per_gpu 2".split(),
+        ),
+        ("swin_tiny_patch4_window7_224", ["--max_steps", "1"]),
+    ],
+)
 def test_archs_and_recipes_run(drawn, detect, tmp_path, arch, flags):
     lines = detect(drawn, tmp_path, "--arch", arch, *flags)
     assert len(lines) == ("--max_steps" not in flags)
@@ -546,7 +626,9 @@ def test_a_run_stopped_by_a_signal_resumes_as_if_it_had_not(drawn, detect, tmp_p
     assert detect(drawn, tmp_path / "parts") == [] and "without a result" in capsys.readouterr().out
     (line,) = detect(drawn, tmp_path / "parts")
     assert 8 < len(calls) <= 33 and line["ap50"] >= 0
-    states = [torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "parts")]
+    states = [
+        torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in ("whole", "parts")
+    ]
     assert_same_state(*states)
 
 
@@ -558,8 +640,12 @@ def test_two_processes_equal_one_on_the_joint_batch(drawn, tmp_path):
         out = tmp_path / str(processes)
         words = ["--data_path", drawn, "--output_dir", out, *flags]
         Run(tmp_path / f"log{processes}", "eval_detection", *words, processes=processes).finish()
-        states.append((torch.load(out / "detector.pth", weights_only=True)["detector"],
-                       json.loads((out / "results.jsonl").read_text())))
+        states.append(
+            (
+                torch.load(out / "detector.pth", weights_only=True)["detector"],
+                json.loads((out / "results.jsonl").read_text()),
+            )
+        )
     (one, line), (two, other) = states
     for name, x in one.items():
         torch.testing.assert_close(two[name], x, atol=2e-4, rtol=1e-3)
@@ -572,12 +658,21 @@ def test_two_processes_equal_one_on_the_joint_batch(drawn, tmp_path):
 GOOD = "10 10 30 10 30 20 10 20 car 0\n"
 
 
-@pytest.mark.parametrize("train, val, words", [
-    ("10 10 30 10 30 20 car 0\n", GOOD, "line 1: 8 words, not x1 y1"),
-    (GOOD + "10 10 30 10 30 20 10 x car 0\n", GOOD, "line 2: could not convert string to float: 'x'"),
-    ("10 10 30 10 30 20 10 nan car 0\n", GOOD, "not finite"),
-    (GOOD, GOOD.replace("car", "bus"), "unknown classes, which val/ has, and train/ lacks (see classes.txt): bus"),
-    ("", GOOD, "holds no box"), (GOOD.replace("0", "900"), GOOD, "holds no box")])
+@pytest.mark.parametrize(
+    "train, val, words",
+    [
+        ("10 10 30 10 30 20 car 0\n", GOOD, "line 1: 8 words, not x1 y1"),
+        (GOOD + "10 10 30 10 30 20 10 x car 0\n", GOOD, "line 2: could not convert string to float: 'x'"),
+        ("10 10 30 10 30 20 10 nan car 0\n", GOOD, "not finite"),
+        (
+            GOOD,
+            GOOD.replace("car", "bus"),
+            "unknown classes, which train/ lacks (list them in classes.txt): bus",
+        ),
+        ("", GOOD, "holds no box"),
+        (GOOD.replace("0", "900"), GOOD, "holds no box"),
+    ],
+)
 def test_bad_labels_are_one_line(tmp_path, detect, capsys, train, val, words):
     for part, text in (("train", train), ("val", val)):
         (tmp_path / part / "images").mkdir(parents=True)
@@ -612,9 +707,14 @@ def test_yolo_labels(tmp_path):
     torch.testing.assert_close(image.corners[0], torch.tensor([[20.0, 50], [40, 40], [60, 60], [40, 70]]))
 
 
-@pytest.mark.parametrize("text, words", [
-    ("0 .5 .5 -.2 .4", "line 1: a box of size -0.2 x 0.4"), ("0 .5 .5 .2", "line 1: 4 words, not class cx cy w h"),
-    ("7 .5 .5 .2 .4", "lacks: 7")])
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("0 .5 .5 -.2 .4", "line 1: a box of size -0.2 x 0.4"),
+        ("0 .5 .5 .2", "line 1: 4 words, not class cx cy w h"),
+        ("7 .5 .5 .2 .4", "lacks: 7"),
+    ],
+)
 def test_bad_yolo_labels(tmp_path, capsys, text, words):
     with pytest.raises(SystemExit):
         yolo(tmp_path, text, "plane\n")
@@ -636,10 +736,17 @@ def test_dota_labels(tmp_path, capsys):
     assert "1 boxes outside their images, left out" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("", "--data_path or --predict"), ("--data_path x --fpn_dim 32", "--fpn_dim 32: must be a multiple of 64"),
-    ("--predict x --weights a b", "one at a time"), ("--data_path x --schedule 12", "less than --epochs 12"),
-    ("--data_path x --mean .5 .5", "--mean, --std"), ("--data_path x --weights a a", "one of them twice")])
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("", "--data_path or --predict"),
+        ("--data_path x --fpn_dim 32", "--fpn_dim 32: must be a multiple of 64"),
+        ("--predict x --weights a b", "one at a time"),
+        ("--data_path x --schedule 12", "less than --epochs 12"),
+        ("--data_path x --mean .5 .5", "--mean, --std"),
+        ("--data_path x --weights a a", "one of them twice"),
+    ],
+)
 def test_flags_that_contradict_each_other(capsys, flags, words):
     args = ed.get_parser().parse_args(["--weights", "random", "--output_dir", "o", *flags.split()])
     with pytest.raises(SystemExit):
