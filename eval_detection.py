@@ -962,7 +962,8 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
     backbone, args, report = prepare(str(source), args, {})
     pyramid = Pyramid(backbone, args.weights, saved["p2"])
-    detector = Detector(pyramid, len(saved["classes"]), saved["oriented"], saved["fpn_dim"], saved["head_convs"])
+    sizes = (saved[name] for name in ("oriented", "fpn_dim", "head_convs"))
+    detector = Detector(pyramid, len(saved["classes"]), *sizes)
     detector.load_state_dict({**detector.pyramid.state_dict(prefix="pyramid."), **saved["detector"]})
     out = common.make_output_dir(args.output_dir, process) / "predictions"
     found = detect_all(common.to_device(detector, process.device), paths, args, process)
