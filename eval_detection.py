@@ -14,9 +14,9 @@ high-precision bounding box for rotated object detection via Kullback-Leibler di
     # then the boxes of new images
     python eval_detection.py --predict NEW_IMAGES --weights BOXES --output_dir BOXES
 
-Every position of a pyramid of maps says which class is there, how far the four sides of its box are away, and
-how the box is turned. There are no anchors and no special CUDA operators, so figures compare backbones; the
-best detectors get more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
+Every position of a pyramid of maps says which class is there, how far the sides of its box are away, and how
+the box is turned. No anchors, no special CUDA operators: figures compare backbones; the best detectors get
+more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
 
     symbol    variable      flag (default)            what
     B         B             batch_size_per_gpu (2)    windows per process and micro-batch
@@ -28,16 +28,15 @@ best detectors get more. Read `assign`, `decode`, `kld_loss` and `detection_loss
     theta     angle         boxes                     of the longer side, in [-pi/2, pi/2), y downwards
 
 DATA_PATH holds train/ and val/ (or test/), each with images/ and labelTxt/ (DOTA: x1 y1 ... x4 y4 class
-difficult) or labels/ (YOLO: class cx cy w h, or class and four corners; in shares of the image). YOLO's
-images/train, labels/train are read too. Names of YOLO's numbers come from classes.txt. An image without
-labels has no objects.
+difficult) or labels/ (YOLO: class cx cy w h, or class and four corners, in shares of the image); or
+images/train, labels/train. classes.txt names YOLO's numbers. An image without labels has no objects.
 
 Differs from the authors' code: no scale per level, GIoU or KLD with an angle term instead of rotated IoU
 (KLD has no gradient for the angle of a square), 8 turns and flips, AdamW by default.
 
-In OUT, with several weights in a folder of its own for each: checkpoint.pth, detector.pth, backbone/,
-log.jsonl, examples.png (truth, prediction). OUT/results.jsonl gets a line for each of the weights: AP at IoU
-.5 as the area under the curve, as the mean of eleven points (VOC 2007, DOTA), and at higher IoU.
+In OUT, or in a folder in it for each of several weights: checkpoint.pth, detector.pth, backbone/, log.jsonl,
+examples.png (truth, prediction). OUT/results.jsonl: AP at IoU .5 by the area under the curve and by eleven
+points (VOC 2007, DOTA), and at higher IoU.
 """
 
 import argparse
@@ -232,10 +231,10 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tens
 
 
 class Sample(NamedTuple):
-    """An image and its objects."""
+    """An image of `size` (height, width) and its objects."""
 
     path: str
-    size: tuple[int, int]  # height, width
+    size: tuple[int, int]
     corners: Tensor  # N x 4 x 2 in pixels, in any order
     labels: Tensor  # N class numbers
     difficult: Tensor  # N bool: in evaluation, found or not, they do not count
@@ -902,8 +901,7 @@ def train(backbone: nn.Module, report: str, samples: list[Sample], classes: list
           args: argparse.Namespace, process: Process) -> Detector | None:
     """Trains a detector on one of --weights; None where the run was stopped before its end."""
     dataset = BoxWindows(samples, args.img_size, args.mean, oriented, args.seed)
-    run = common.Run(args, process, samples=len(dataset), images=len(samples),
-                     free_flags=common.FREE_FLAGS | {"predict"})
+    run = common.Run(args, process, samples=len(dataset), images=len(samples))
     torch.manual_seed(args.seed)
     detector = Detector(Pyramid(backbone, args.weights, args.p2), len(classes), oriented, args.fpn_dim,
                         args.head_convs).eval()
