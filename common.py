@@ -15,25 +15,33 @@ import difflib
 import errno
 import gc
 import hashlib
+import io
 import itertools
 import json
+import logging
 import math
 import multiprocessing
 import os
 import pickle
+import platform
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import BinaryIO, NoReturn
 
+import imagecodecs
 import numpy as np
 import safetensors.torch
+import tifffile
 import timm
 import timm.layers
 import timm.optim
@@ -52,8 +60,18 @@ except ImportError:  # Windows
     fcntl = None
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"}
-PIXEL_SUFFIXES = IMAGE_SUFFIXES | {".npy"}  # what read_pixels reads
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".npy"}
+PIXEL_SUFFIXES = IMAGE_SUFFIXES  # the older name
+UNREAD_KINDS = dict.fromkeys((".h5", ".hdf5", ".he5", ".hdf", ".nc", ".zarr"),
+                             "HDF5, NetCDF and Zarr are not read: write each image as a TIFF or .npy file")
+UNREAD_KINDS |= dict.fromkeys((".mat", ".npz"), ".mat and .npz files are not read: save each array as .npy")
+UNREAD_HEADS = {b"\x89HDF\r\n\x1a\n": ".h5", b"MATLAB": ".mat", b"PK\x03\x04": ".npz"}
+TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
+JP2_HEADS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # with boxes around the codestream, and without
+TIFF_JPEGS = (6, 7, 34892, 33007)  # compressions that tifffile decodes to RGB
+MOST_NUMBERS = 2**30  # pixels times bands to read at once: 4 GB in float32
+RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data,
+EXPORT_FILES = {"config.json", "model.safetensors"}  # nor is one with both of these
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
                 if hasattr(signal, name)]  # Windows lacks two
 # Flags of the training scripts that may change between a run and its continuation: those that do not make
@@ -62,7 +80,7 @@ FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_parti
               "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
               "log_every", "max_steps", "tensorboard"}
 # Flags that checkpoints of earlier versions lack, and what these did.
-YOUNGER_FLAGS = {}
+YOUNGER_FLAGS = {"in_chans": 3, "bands": None, "tile_size": None}
 
 # --------------------------------------------------------------------------------------------------
 # Errors, processes, seeds
@@ -102,7 +120,8 @@ def build_parser(description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+def number(kind: type, allowed: Callable[[float], bool], words: str) -> Callable[[str], float]:
+    """Flag type: an int or float that is `allowed`; `words` end the error's "must be"."""
     def parse(text: str) -> float:
         try:
             value = kind(text)
@@ -118,22 +137,22 @@ def _number(kind: type, allowed: Callable[[float], bool], words: str) -> Callabl
 
 def positive(kind: type) -> Callable[[str], float]:
     """Flag type: a finite int or float above 0."""
-    return _number(kind, lambda value: 0 < value < math.inf, "above 0")
+    return number(kind, lambda value: 0 < value < math.inf, "above 0")
 
 
 def not_negative(kind: type) -> Callable[[str], float]:
     """Flag type: a finite int or float of at least 0."""
-    return _number(kind, lambda value: 0 <= value < math.inf, "at least 0")
+    return number(kind, lambda value: 0 <= value < math.inf, "at least 0")
 
 
 def unit(kind: type) -> Callable[[str], float]:
     """Flag type: a number in [0, 1]."""
-    return _number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
+    return number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
 
 
 def finite(kind: type) -> Callable[[str], float]:
     """Flag type: a number that is neither infinite nor NaN."""
-    return _number(kind, math.isfinite, "a finite number")
+    return number(kind, math.isfinite, "a finite number")
 
 
 def default_warmup(given: float | None, usual: int, epochs: int) -> float:
@@ -227,19 +246,37 @@ def generator(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(*parts))
 
 
+def computes_bf16(device: torch.device) -> bool:
+    """Whether the device computes bf16 itself: by its capability, whatever a run would measure."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if platform.machine().lower() in ("arm64", "aarch64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to autocast to under `--amp` (auto, bf16, fp16, off) on `device`; None for no autocast."""
+    """The dtype to autocast to under `--amp` (auto, bf16, fp16, off) on `device`; None for no autocast.
+
+    Losses, EMA, centre and queue are written in float32 in the scripts; so are weights and optimizer.
+    """
     if amp == "auto":
-        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if has_bf16 else None
+        return torch.bfloat16 if computes_bf16(device) else None
     if amp == "fp16" and device.type != "cuda":
         fail(f"--amp fp16: only on cuda, this is {device.type}")
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "off": None}[amp]
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The context of `--amp` on `device`, which may be entered again and again."""
+    """The context of `--amp` on `device`, which may be entered again and again.
+
+    Also chooses timm's form of attention for models built from now on: on CPUs in bf16 matrix products and
+    softmax one by one, there 1.4 to 1.6 times as fast as PyTorch's fused attention, forward and backward.
+    """
     dtype = autocast_dtype(amp, device)
+    timm.layers.set_fused_attn(not (device.type == "cpu" and dtype == torch.bfloat16))
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
@@ -247,14 +284,24 @@ def autocast(amp: str, device: torch.device) -> torch.autocast:
 # Data: files, samples, batches
 # --------------------------------------------------------------------------------------------------
 
+logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # a bad file gets one line of ours
+
 
 class UnreadableImageError(Exception):
-    """An image file that cannot be decoded; the message names file and reason."""
+    """An image that cannot be read; the message names file and reason, in one line."""
 
 
-def list_images(root: str | Path, exclude: str | Path | None = None,
-                suffixes: set[str] = IMAGE_SUFFIXES, flag: str = "--data_path") -> list[str]:
-    """Paths of all images below `root`, links followed, none hidden or in folder `exclude`; sorted."""
+class EmptyImageError(UnreadableImageError):
+    """An image, or a window of one, without a valid pixel."""
+
+
+def list_images(root: str | Path, exclude: str | Path | None = None, suffixes: set[str] = IMAGE_SUFFIXES,
+                flag: str = "--data_path", bands: Sequence[int | str] | None = None) -> list[str]:
+    """Paths of all images below `root`, links followed; sorted. With names of bands, the folders of bands.
+
+    What is not data is left out: hidden files and folders, `@eaDir`, the folder `exclude`, and folders that
+    hold a run's own files.
+    """
     if not os.path.isdir(root):
         fail(f"{flag} {root}: no such folder")
     paths, done = [], {os.path.realpath(exclude)} if exclude else set()
@@ -265,118 +312,642 @@ def list_images(root: str | Path, exclude: str | Path | None = None,
         fail(f"{flag} {error.filename}: cannot be listed: {error.strerror}")
 
     for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        if (place := os.path.realpath(folder)) in done:  # or a link back to a folder above
+        own = run_files(names)
+        if own and folder == os.fspath(root):
+            fail(f"{flag} {root}: holds {own}, as the output of a run does; if it is data, move that away")
+        if own or (place := os.path.realpath(folder)) in done:  # or a link back to a folder above
             folders.clear()
             continue
         done.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        paths += [os.path.join(folder, name) for name in names
-                  if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "@eaDir")
+        names = [name for name in names
+                 if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
+        if not is_named(bands):
+            paths += [os.path.join(folder, name) for name in names]
+        elif any(is_band(name, band) for name in names for band in bands):
+            paths.append(folder)
     if not paths:
-        fail(f"{flag} {root}: no image in it ({', '.join(sorted(suffixes))})")
+        wanted = f"file of the bands {' '.join(bands)}" if is_named(bands) else "image"
+        seen = {os.path.splitext(name)[1].lower() for _, *names in os.walk(root) for name in sum(names, [])}
+        fail("; ".join([f"{flag} {root}: no {wanted} in it ({', '.join(sorted(suffixes))})",
+                        *sorted({UNREAD_KINDS[suffix] for suffix in seen & UNREAD_KINDS.keys()})]))
     return sorted(paths)
 
 
-def read_image(path: str | Path) -> Tensor:
-    """Decodes a file to uint8 RGB, 3 x H x W, in channels_last memory (fast to crop and resize).
+def run_files(names: Sequence[str]) -> str:
+    """Those of a folder's files that only the output of a run has, in words; empty for data."""
+    own = EXPORT_FILES if EXPORT_FILES.issubset(names) else RUN_FILES.intersection(names)
+    return " and ".join(sorted(own))
+
+
+def is_data(folder: Path, exclude: Path | None = None) -> bool:
+    """True for a folder that list_images would look into."""
+    hidden = folder.name[0] == "." or folder.name == "@eaDir"
+    other = not exclude or os.path.realpath(folder) != os.path.realpath(exclude)
+    own = run_files([name for name in RUN_FILES | EXPORT_FILES if os.path.exists(folder / name)])
+    return folder.is_dir() and not hidden and other and not own
+
+
+def band(word: str) -> int | str:
+    """One of --bands: a number from 1, or a name."""
+    return int(word) if word.isdigit() else word
+
+
+def check_bands(args: argparse.Namespace) -> None:
+    """Fails where --bands contradict each other or --in_chans; sets args.in_chans, by default 3."""
+    if args.bands:
+        words = " ".join(map(str, args.bands))
+        if len({type(one) for one in args.bands}) > 1 or 0 in args.bands:
+            fail(f"--bands {words}: numbers from 1, or names, not both")
+        if args.in_chans not in (None, len(args.bands)):
+            fail(f"--in_chans {args.in_chans}: --bands {words} are {len(args.bands)}; leave it out")
+    args.in_chans = len(args.bands) if args.bands else args.in_chans or 3
+
+
+def is_named(bands: Sequence[int | str] | None) -> bool:
+    """True for bands by name: then a folder with a file for each of them is the image."""
+    return bool(bands) and isinstance(bands[0], str)
+
+
+def is_band(file: str, band: str) -> bool:
+    """True where the file's stem is `band` or ends with `_` and `band`, in any case."""
+    return f"_{os.path.splitext(file)[0]}".lower().endswith(f"_{band}".lower())
+
+
+def read_image(path: str | Path, in_chans: int = 3, bands: Sequence[int | str] | None = None,
+               window: tuple[int, int, int, int] | None = None) -> Tensor:
+    """Reads an image in_chans x H x W: uint8, or float32 with the file's own values for all other types.
+
+    jpg, png, bmp, webp, tif, jp2, npy, by their content; an array is H x W or H x W x C, or C x H x W where
+    only that fits. Alpha is dropped where the other bands are as many as asked for. 8-bit grey becomes three
+    equal channels, 8-bit RGB its luma for one. Pixels that are NaN, infinite, declared no-data or masked get
+    the mean of the valid ones, band by band.
+
+    Args:
+        path: a file; with names in `bands` a folder.
+        in_chans: C; of no account where `bands` are given.
+        bands: numbers from 1 choose and order the bands of the file; each name stands for the one file in the
+            folder that `is_band`, resized to the largest of them (bilinear).
+        window: top, left, height and width of the part to read; of a TIFF only the strips or tiles under it.
 
     Raises:
-        UnreadableImageError: the file is damaged, no image, gone, has more than 8 bits per channel, or a page
-            for each band.
+        EmptyImageError: no pixel is valid.
+        UnreadableImageError: anything else is wrong with it.
     """
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF" or ";16" in str(image.tile):  # Pillow would keep RGB's upper 8 bits only
-                raise ValueError("16-bit or float pixels: stretch them to 8 bits first")
-            if len(pages := _equal_pages(image)) > 1:
-                raise ValueError(f"{len(pages)} pages of one size: one image in colour is needed")
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except Exception as error:  # decoders raise almost anything on damaged bytes
-        raise UnreadableImageError(f"{path}: {error}") from error
+    return as_image(*read_masked(path, in_chans, bands, window))
 
 
-def _equal_pages(image: Image.Image) -> list[int]:
-    # Pages of a TIFF that are as large as the first: bands. Smaller ones are overviews of it.
-    if image.format != "TIFF" or image.n_frames == 1:
-        return [0]
-    pages, size = [], image.size
-    for page in range(image.n_frames):
-        image.seek(page)
-        pages += [page] * (image.size == size)
-    image.seek(0)
-    return pages
-
-
-def read_pixels(path: str | Path, in_chans: int = 3) -> Tensor:
-    """Decodes a file of any number of channels, as SAR and multispectral images have, to in_chans x H x W.
-
-    - An 8-bit image becomes RGB where 3 channels are asked for, and grey where 1 is.
-    - A 16-bit, 32-bit or float image of Pillow's (modes I;16, I, F) has one channel.
-    - A TIFF with a page for each band has them all; so has RGBA where 4 channels are asked for.
-    - A .npy file holds H x W or H x W x in_chans numbers.
-
-    8-bit pixels come as uint8, all others as float32, unchanged.
-
-    Raises:
-        UnreadableImageError: the file is damaged or gone, has other channels, or NaN or infinite pixels.
-    """
-    try:
-        if str(path).lower().endswith(".npy"):
-            pixels = np.load(path, allow_pickle=False)
+def read_masked(path: str | Path, in_chans: int = 3, bands: Sequence[int | str] | None = None,
+                window: tuple[int, int, int, int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
+    """What read_image reads before it fills: H x W x in_chans, and where it is valid (H x W; None: all)."""
+    with _in_words(path):
+        part = window and (slice(window[0], window[0] + window[2]), slice(window[1], window[1] + window[3]))
+        if is_named(bands):
+            pixels, valid = _read_folder(path, bands, part)
         else:
-            pixels = _read_bands(path, in_chans)
-        pixels = pixels[:, :, None] if pixels.ndim == 2 else pixels
-        if pixels.ndim != 3 or pixels.shape[2] != in_chans:
-            shape = " x ".join(map(str, pixels.shape))
-            raise ValueError(f"{shape} pixels, not H x W x {in_chans} (--in_chans)")
-        if np.iscomplexobj(pixels):
-            raise ValueError("complex pixels: write their amplitude or decibels")
-        if pixels.dtype != np.uint8:
-            pixels = pixels.astype(np.float32)
-            if not np.isfinite(pixels).all():
-                raise ValueError("NaN or infinite pixels: fill them first")
-        return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+            with _opened(path, in_chans, bands) as raster:
+                pixels, valid = _read_bands(raster, in_chans, bands, part)
+        if valid is not None and not valid.any():
+            raise EmptyImageError(f"{path}: no valid pixel")
+        return pixels, None if valid is None or valid.all() else valid
+
+
+def as_image(pixels: np.ndarray, valid: np.ndarray | None) -> Tensor:
+    """H x W x C as a tensor C x H x W in the same memory (fast to crop and resize); invalid pixels filled."""
+    return torch.from_numpy(pixels if valid is None else _filled(pixels, valid)).permute(2, 0, 1)
+
+
+def image_size(path: str | Path, in_chans: int = 3,
+               bands: Sequence[int | str] | None = None) -> tuple[int, int]:
+    """Height and width of what read_image would read, without decoding it; raises UnreadableImageError."""
+    with _in_words(path):
+        if is_named(bands):
+            return _largest([image_size(file, 1) for file in _band_files(path, bands)])
+        with _opened(path, in_chans, bands) as raster:
+            return raster.height, raster.width
+
+
+@contextlib.contextmanager
+def _in_words(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except UnreadableImageError:
+        raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
-        raise UnreadableImageError(f"{path}: {error}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):  # a decoder gone astray
+            reason = f"damaged ({type(error).__name__}: {reason})"
+        raise UnreadableImageError(f"{path}: {reason}") from error
 
 
-def _read_bands(path: str | Path, in_chans: int) -> np.ndarray:
-    with Image.open(path) as image:
-        if ";16" in str(image.tile) and image.mode[0] != "I":  # Pillow would keep the upper 8 bits
-            raise ValueError("16-bit colour: write a page for each band, or a .npy file")
-        pages = _equal_pages(image)
-        if len(pages) == 1 and in_chans in (1, 3) and image.mode[0] not in "IF":
-            return np.array(image.convert("L" if in_chans == 1 else "RGB"))
-        bands = []
-        for page in pages:
-            image.seek(page)
-            bands.append(np.array(image))
-        return np.dstack(bands)
+def _filled(pixels: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    mean = pixels[valid].mean(0, dtype=np.float64)
+    pixels[~valid] = mean.round() if pixels.dtype == np.uint8 else mean
+    return pixels
 
 
-def to_float(images: Tensor) -> Tensor:
-    """8-bit pixels to [0, 1]; float pixels, of read_pixels, stay as they are."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
+@dataclass
+class _Raster:
+    """An open file. `read(rows, columns)` gives h x w x bands, and where they are valid, in that shape."""
+
+    height: int
+    width: int
+    bands: int
+    read: Callable[[slice, slice], tuple[np.ndarray, np.ndarray | None]]
+    rgb: bool = False  # what is not alpha is red, green and blue
+    alpha: Sequence[int] = ()  # from 0
 
 
-def check_images(paths: Sequence[str], img_size: int, read: Callable[[str], Tensor] = read_image) -> None:
-    """Reads up to 32 images, evenly spaced; fails when none is readable, warns when most are smaller."""
-    sides, reason = [], ""
-    for path in paths[:: math.ceil(len(paths) / 32)]:
+@contextlib.contextmanager
+def _opened(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> Iterator[_Raster]:
+    suffix = os.path.splitext(path)[1].lower()
+    if os.path.isdir(path):
+        raise ValueError(UNREAD_KINDS.get(suffix, "a folder: name the bands in it with --bands"))
+    with open(path, "rb") as file:
+        head = file.read(16)
+        file.seek(0)
+        kinds = [kind for start, kind in UNREAD_HEADS.items() if head.startswith(start)]
+        if kinds or suffix in UNREAD_KINDS:
+            raise ValueError(UNREAD_KINDS[kinds[0] if kinds else suffix])
+        if head.startswith(TIFF_HEADS):
+            yield _open_tiff(file)
+        elif head.startswith(JP2_HEADS):
+            yield _open_jp2(file)
+        elif head.startswith(b"\x93NUMPY"):
+            yield _open_npy(path, in_chans, bands)
+        else:
+            yield _open_pillow(file)
+
+
+def _read_bands(raster: _Raster, in_chans: int, bands: Sequence[int] | None,
+                part: tuple[slice, slice] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    # The bands asked for, h x w x in_chans, uint8 or float32, and which pixels are valid in all (h x w).
+    rows, columns = part or (slice(0, raster.height), slice(0, raster.width))
+    if rows.stop > raster.height or columns.stop > raster.width:
+        raise ValueError(f"{raster.height} x {raster.width} pixels, which do not hold the window")
+    numbers = (rows.stop - rows.start) * (columns.stop - columns.start) * raster.bands
+    if not 0 < numbers <= MOST_NUMBERS:
+        size = f"{raster.height} x {raster.width} pixels of {raster.bands} bands"
+        raise ValueError(f"{size} are too many to read at once: give --tile_size" if numbers else size)
+    pixels, valid = raster.read(rows, columns)
+    if pixels.dtype.kind not in "biuf":
+        raise ValueError(f"{pixels.dtype} pixels, which are no real numbers")
+    every, colours = list(range(raster.bands)), [i for i in range(raster.bands) if i not in raster.alpha]
+    grey_or_rgb = pixels.dtype == np.uint8 and (len(colours) == 1 and in_chans == 3
+                                                or len(colours) == 3 and in_chans == 1 and raster.rgb)
+    if bands:
+        chosen, in_chans = [band - 1 for band in bands], len(bands)
+    else:
+        chosen = every if in_chans == raster.bands else colours
+    if bands and max(bands) > raster.bands:
+        raise ValueError(f"{raster.bands} bands, --bands {' '.join(map(str, bands))} asks for more")
+    if len(chosen) != in_chans and not grey_or_rgb:
+        alpha = f" ({len(raster.alpha)} of them alpha)" if raster.alpha else ""
+        count = f"{raster.bands} band{'s' * (raster.bands > 1)}{alpha}"
+        raise ValueError(f"{count}, not {in_chans}: give --in_chans {raster.bands}, or choose with --bands")
+    if chosen != every:
+        pixels, valid = (x if x is None else x[:, :, chosen] for x in (pixels, valid))
+    if pixels.dtype != np.uint8:
+        real = pixels.dtype.kind == "f"
+        with np.errstate(over="ignore"):
+            pixels = pixels.astype(np.float32)
+        if real and not (finite := np.isfinite(pixels)).all():
+            valid = finite if valid is None else valid & finite
+    if len(chosen) < in_chans:
+        pixels = np.repeat(pixels, 3, 2)
+    elif len(chosen) > in_chans:
+        pixels = np.asarray(Image.fromarray(np.ascontiguousarray(pixels)).convert("L"))[:, :, None]
+    return np.require(pixels, requirements="CW"), valid if valid is None else valid.all(2)
+
+
+def _open_pillow(file: BinaryIO) -> _Raster:
+    try:  # never a TIFF: of 16-bit RGB it would give the upper bytes, of many bands the first
+        image = Image.open(file, formats=["JPEG", "PNG", "BMP", "WEBP", "GIF"])
+    except Image.UnidentifiedImageError as error:
+        raise ValueError("cannot identify image file") from error
+    deep = image.format == "PNG" and (image.mode[0] == "I" or ";16" in str(image.tile))
+    mode = image.mode if image.mode in ("L", "LA", "RGB", "RGBA") else "L" if image.mode == "1" else "RGB"
+    if image.mode == "P" and "transparency" in image.info or image.mode == "PA":
+        mode = "RGBA"
+    bands = 1 if deep and image.mode[0] == "I" else len(mode)
+
+    def read(rows: slice, columns: slice) -> tuple[np.ndarray, None]:
+        if deep:
+            file.seek(0)
+            pixels = imagecodecs.png_decode(file.read())
+        else:
+            pixels = np.array(image if image.mode == mode else image.convert(mode))
+        return np.atleast_3d(pixels)[rows, columns], None
+
+    return _Raster(image.height, image.width, bands, read, bands > 2, [bands - 1] * (bands in (2, 4)))
+
+
+def _open_jp2(file: BinaryIO) -> _Raster:
+    head = file.read(2**20)
+    size = head.find(b"\xff\x4f\xff\x51") + 8  # the codestream's own, behind markers, length, capabilities
+    right, bottom, left, top = struct.unpack_from(">4I", head, size)
+    bands = struct.unpack_from(">H", head, size + 32)[0]
+
+    def read(rows: slice, columns: slice) -> tuple[np.ndarray, None]:
+        file.seek(0)
+        return np.atleast_3d(imagecodecs.jpeg2k_decode(file.read(), numthreads=1))[rows, columns], None
+
+    return _Raster(bottom - top, right - left, bands, read, rgb=bands == 3)
+
+
+def _open_npy(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> _Raster:
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    shape = " x ".join(map(str, array.shape))
+    if array.ndim == 2:
+        array = array[:, :, None]
+    if array.ndim != 3:
+        raise ValueError(f"{shape} numbers, not H x W, H x W x bands or bands x H x W")
+    first, _, last = (n >= max(bands) if bands else n == in_chans for n in array.shape)
+    square = array.shape[1] == array.shape[2] != array.shape[0]  # 12 x 64 x 64 has bands 4 3 2 both ways
+    if first and (not last or bands and square):
+        array = array.transpose(1, 2, 0)
+    elif not last and array.shape[2] > 1:
+        n = max(bands) if bands else in_chans
+        raise ValueError(f"{shape} numbers, neither H x W x {n} nor {n} x H x W (--in_chans, --bands)")
+    return _Raster(*array.shape, lambda rows, columns: (np.array(array[rows, columns]), None))
+
+
+def _open_tiff(file: BinaryIO) -> _Raster:
+    # Its images are the first page, and those of the same size that are neither overview nor mask.
+    pages = [page.aspage() for page in tifffile.TiffFile(file).pages]
+    if not pages:
+        raise ValueError("a TIFF with no image in it")
+    first, height, width = pages[0], pages[0].imagelength, pages[0].imagewidth
+    pages = [page for page in pages[1:] if (page.imagelength, page.imagewidth, page.subfiletype & 1)
+             == (height, width, 0)]
+    masks = [page for page in pages if page.subfiletype & 4 or page.photometric == 4]
+    images = [first, *(page for page in pages if page not in masks)]
+    alpha, bands = [], 0
+    for page in images:
+        count, extra = _band_count(page), page.extrasamples
+        alpha += [bands + count - len(extra) + i for i, kind in enumerate(extra) if kind in (1, 2)]
+        bands += count
+
+    def read(rows: slice, columns: slice) -> tuple[np.ndarray, np.ndarray | None]:
+        parts = []
+        for page in images:
+            numbers = _page_numbers(file, page, rows, columns)
+            pixels = _page_pixels(page, numbers)
+            valid = _where_declared(numbers, page.tags.valueof(42113, first.tags.valueof(42113)))
+            if valid is not None and valid.shape != pixels.shape:
+                valid = np.broadcast_to(valid.all(2, keepdims=True), pixels.shape)
+            parts.append((pixels, valid))
+        pixels = parts[0][0] if len(parts) == 1 else np.concatenate([part for part, _ in parts], 2)
+        valid = None
+        if any(where is not None for _, where in parts):
+            valid = np.concatenate([np.ones_like(part, bool) if where is None else where
+                                    for part, where in parts], 2)
+        for page in masks:
+            where = (_page_numbers(file, page, rows, columns) != 0).all(2, keepdims=True)
+            valid = np.broadcast_to(where, pixels.shape) if valid is None else valid & where
+        return pixels, valid
+
+    rgb = len(images) == 1 and first.photometric in (2, 3, 5, 6)
+    return _Raster(height, width, bands, read, rgb, alpha)
+
+
+def _where_declared(numbers: np.ndarray, text: str | None) -> np.ndarray | None:
+    # False where the numbers are the value that a TIFF declares as no data; None: nowhere.
+    if text is None:
+        return None
+    try:
+        text = str(text).replace(",", ".")  # of a writer with that decimal sign
+        if numbers.dtype.kind == "f":
+            with np.errstate(over="ignore"):
+                return numbers != numbers.dtype.type(text)
+        return numbers != (int(text) if text.lstrip("+-").isdigit() else float(text))
+    except ValueError:  # no number
+        return None
+
+
+def _band_count(page: tifffile.TiffPage) -> int:
+    # How many bands a page of a TIFF gives; raises ValueError for what is not read.
+    colours, n, eight = page.photometric, page.samplesperpixel, page.dtype == np.uint8
+    if page.dtype is None:
+        raise ValueError(f"pixels of {page.bitspersample} bits and sample format {page.sampleformat}")
+    if page.dtype.kind == "c":
+        raise ValueError("complex pixels: write their amplitude or decibels")
+    if page.imagedepth > 1:
+        raise ValueError(f"a volume of {page.imagedepth} slices: write a page for each")
+    if colours == 3 and (page.colormap is None or page.dtype.kind != "u" or n > 1):
+        raise ValueError("a palette image without a palette for its numbers")
+    odd = colours == 5 and not (n == 4 and eight) or colours == 6 and n != 3
+    if odd or colours not in (0, 1, 2, 3, 4, 5, 6):
+        name = getattr(colours, "name", colours)
+        raise ValueError(f"{n} samples of {page.dtype} in {name} colours: write RGB, or plain bands")
+    return 3 if colours in (3, 5) else n
+
+
+def _page_pixels(page: tifffile.TiffPage, numbers: np.ndarray) -> np.ndarray:
+    # What the numbers of a page mean: RGB of palettes, inks and YCbCr; black is 0; 1, 2 and 4 bits become 8.
+    colours = page.photometric if 262 in page.tags else 1
+    if colours == 3:
+        palette = page.colormap.T
+        return (palette >> 8 if palette.max() > 255 else palette).astype(np.uint8)[numbers[:, :, 0]]
+    if colours == 5 or colours == 6 and page.compression not in TIFF_JPEGS and page.dtype == np.uint8:
+        size, mode = numbers.shape[1::-1], "CMYK" if colours == 5 else "YCbCr"
+        return np.asarray(Image.frombytes(mode, size, numbers.tobytes()).convert("RGB"))
+    if page.bitspersample in (1, 2, 4) and colours in (0, 1, 4):
+        numbers = numbers.astype(np.uint8) * (255 // (2**page.bitspersample - 1))
+    return 255 - numbers if colours == 0 and numbers.dtype == np.uint8 else numbers
+
+
+def _page_numbers(file: BinaryIO, page: tifffile.TiffPage, rows: slice, columns: slice) -> np.ndarray:
+    # The numbers of a page in these rows and columns, h x w x samples; reads only what lies under them.
+    planes, _, H, W, n = page.shaped  # one of planes and n is 1
+    if page.is_final and page.dataoffsets[0] > 0:  # uncompressed, in one place
+        dtype = page.dtype.newbyteorder(page.parent.byteorder)
+        numbers = np.memmap(file, dtype, "r", page.dataoffsets[0], page.shaped)[:, 0, rows, columns]
+        numbers = numbers.astype(page.dtype)
+    else:
+        numbers = np.empty((planes, rows.stop - rows.start, columns.stop - columns.start, n), page.dtype)
+        for plane, top, left, segment in _segments(file, page, rows, columns):
+            h, w = segment.shape[:2]
+            y, x = max(rows.start, top), max(columns.start, left)
+            part = segment[y - top : rows.stop - top, x - left : columns.stop - left]
+            y, x = y - rows.start, x - columns.start
+            numbers[plane, y : y + len(part), x : x + part.shape[1]] = part
+    return numbers[0] if planes == 1 else np.moveaxis(numbers[..., 0], 0, 2)
+
+
+def _segments(file: BinaryIO, page: tifffile.TiffPage, rows: slice,
+              columns: slice) -> Iterator[tuple[int, int, int, np.ndarray]]:
+    # Plane, top, left and numbers h x w x samples of the strips or tiles under these rows and columns.
+    (planes, _, H, W, n), offsets, counts = page.shaped, page.dataoffsets, page.databytecounts
+    height, width = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, W)
+    if not 0 < height * width * n <= MOST_NUMBERS:
+        raise ValueError(f"strips or tiles of {height} x {width} pixels")
+    down, across = math.ceil(H / height), math.ceil(W / width)
+    if min(len(offsets), len(counts)) < planes * down * across:
+        raise ValueError(f"{len(offsets)} of {planes * down * across} strips or tiles are there")
+    under = (range(rows.start // height, math.ceil(rows.stop / height)),
+             range(columns.start // width, math.ceil(columns.stop / width)))
+    for plane, i, j in itertools.product(range(planes), *under):
+        index, data = (plane * down + i) * across + j, None
+        if counts[index]:  # 0: left out, because all of it is no data
+            file.seek(offsets[index])
+            data = file.read(counts[index])
+            if len(data) < counts[index]:
+                raise ValueError("truncated: a strip or tile lies beyond the end of the file")
+        decoded, _, shape = page.decode(data, index, jpegtables=page.jpegtables, jpegheader=page.jpegheader)
+        if decoded is None:
+            decoded = np.full(shape, page.nodata, page.dtype)
+        if decoded.dtype.itemsize > page.dtype.itemsize:
+            raise ValueError(f"{decoded.dtype} numbers in a strip or tile of {page.dtype}")
+        yield plane, i * height, j * width, decoded[0, : H - i * height, : W - j * width]
+
+
+def _band_files(folder: str | Path, names: Sequence[str]) -> list[str]:
+    # The file of each band; raises ValueError where there is none, or there are several.
+    files = sorted(name for name in os.listdir(folder)
+                   if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != ".")
+    chosen = []
+    for band in names:
+        found = [file for file in files if is_band(file, band)]
+        if len(found) != 1:
+            raise ValueError(f"{len(found) or 'no'} file{'s' * (len(found) > 1)} of band {band}"
+                             f"{': ' * bool(found)}{', '.join(found)}")
+        chosen.append(os.path.join(folder, found[0]))
+    return chosen
+
+
+def _read_folder(folder: str | Path, names: Sequence[str],
+                 part: tuple[slice, slice] | None) -> tuple[np.ndarray, np.ndarray | None]:
+    files, everywhere = _band_files(folder, names), (slice(None), slice(None))
+    sizes = [image_size(file, 1) for file in files]
+    size, bands, where = _largest(sizes), [], []
+    for file, own_size in zip(files, sizes, strict=True):
+        same = own_size == size
+        with _opened(file, 1, None) as raster:
+            pixels, valid = _read_bands(raster, 1, None, part if same else None)
+        if not same:
+            if valid is not None:
+                pixels = _filled(pixels, valid) if valid.any() else pixels  # no-data is not to be blended in
+                valid = _resized(valid[:, :, None], size, "nearest")[part or everywhere]
+            pixels = _resized(pixels, size, "bilinear")[part or everywhere]
+        bands.append(pixels)
+        where += [] if valid is None else [valid.reshape(pixels.shape)]
+    if any(band.dtype != np.uint8 for band in bands):
+        bands = [band.astype(np.float32) for band in bands]
+    return np.concatenate(bands, 2), np.concatenate(where, 2).all(2) if where else None
+
+
+def _largest(sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    return max(height for height, _ in sizes), max(width for _, width in sizes)
+
+
+def _resized(pixels: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
+    # h x w x 1 to H x W x 1, in the same type.
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None].float()
+    image = F.interpolate(image, size, mode=mode)[0].permute(1, 2, 0).numpy()
+    return (image.round() if pixels.dtype == np.uint8 else image).astype(pixels.dtype)
+
+
+class Samples(torch.utils.data.Dataset):
+    """The images of a data set, or with `tile_size` their windows: `samples[i]` is number i, C x H x W.
+
+    The windows of an image are a grid of tile_size x tile_size pixels, the last row and column shifted
+    inwards; a smaller image is one. They are computed, not listed: a million takes no memory.
+
+    Args:
+        paths: files, or folders of bands, as list_images gives them.
+        in_chans: see read_image.
+        bands: see read_image.
+        tile_size: side of the windows; None for whole images.
+    """
+
+    def __init__(self, paths: Sequence[str], in_chans: int = 3, bands: Sequence[int | str] | None = None,
+                 tile_size: int | None = None):
+        self.paths, self.bands, self.tile_size = paths, bands, tile_size
+        self.in_chans = len(bands) if bands else in_chans
+        self.dtype = None  # of the pixels, once it is known: then others are unreadable
+        if tile_size:
+            self.sizes = np.array([self._size(path) for path in paths], np.int32)  # N x 2
+            self.ends = (-(-self.sizes // tile_size)).prod(1, dtype=np.int64).cumsum()  # of the windows
+
+    def _size(self, path: str) -> tuple[int, int]:
         try:
-            sides.append(min(read(path).shape[1:]))
+            return image_size(path, self.in_chans, self.bands)
+        except UnreadableImageError:  # it is one sample, which is counted and reported where it is read
+            return 1, 1
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if self.tile_size else len(self.paths)
+
+    def place(self, index: int) -> tuple[int, int, int]:
+        """Of a sample: the number of its image, of its window in that, and how many that has."""
+        if not self.tile_size:
+            return index, 0, 1
+        image = int(np.searchsorted(self.ends, index, side="right"))
+        begin = int(self.ends[image - 1]) if image else 0
+        return image, index - begin, int(self.ends[image]) - begin
+
+    def window(self, image: int, number: int) -> tuple[int, int, int, int] | None:
+        """Top, left, height and width of a window; None for the whole image."""
+        if not self.tile_size:
+            return None
+        height, width = self.sizes[image].tolist()
+        if height * width == 1:  # its size could not be read
+            return None
+        row, column = divmod(number, math.ceil(width / self.tile_size))
+        h, w = min(self.tile_size, height), min(self.tile_size, width)
+        return min(row * h, height - h), min(column * w, width - w), h, w
+
+    def read_masked(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Pixels H x W x C and where they are valid, as the function of that name.
+
+        In the place of a window without a valid pixel another of the same image is taken.
+        """
+        image, number, count = self.place(index)
+        for other in _others(number, count):
+            try:
+                window = self.window(image, other)
+                return read_masked(self.paths[image], self.in_chans, self.bands, window)
+            except EmptyImageError as error:
+                empty = error
+        raise empty
+
+    def __getitem__(self, index: int) -> Tensor:
+        pixels, valid = self.read_masked(index)
+        image = as_image(pixels, valid)
+        if self.dtype not in (None, image.dtype):
+            path = self.paths[self.place(index)[0]]
+            raise UnreadableImageError(f"{path}: {image.dtype} among {self.dtype}")
+        return image
+
+
+def _others(index: int, count: int) -> Iterator[int]:
+    # `index` and up to 99 more of `count`, each once, far from the one before: neighbours fail together.
+    step = next(n for n in range(round(0.382 * count) or 1, count + 1) if math.gcd(n, count) == 1)
+    return ((index + attempt * step) % count for attempt in range(min(100, count)))
+
+
+@dataclass
+class PixelStats:
+    """What measure_pixels found: the type; mean and std per band (uint8 in [0, 1]); the shorter sides."""
+
+    dtype: torch.dtype
+    mean: list[float]
+    std: list[float]
+    sides: list[int]
+
+    def flags(self) -> str:
+        """Mean and standard deviation as they can be given to a script."""
+        return f"--mean {plain_decimals(self.mean)} --std {plain_decimals(self.std)}"
+
+
+def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
+    """Measures the valid pixels of up to `count` evenly spaced samples; fails where none is readable.
+
+    Of a large sample about 65,536 pixels count. Samples of another type than most do not. The figures are
+    rounded to six digits of the deviation.
+    """
+    dtypes, counts, means, squares, sides, reason = [], [], [], [], [], ""
+    for index in range(0, len(samples), math.ceil(len(samples) / count)):
+        try:
+            pixels, valid = samples.read_masked(index)
         except UnreadableImageError as error:  # a few are counted and reported when training meets them
             reason = reason or str(error)
-    if not sides:
+            continue
+        values = pixels.reshape(-1, pixels.shape[2]) if valid is None else pixels[valid]
+        values = values[:: math.ceil(len(values) / 2**16)] / (255.0 if pixels.dtype == np.uint8 else 1.0)
+        dtypes.append(pixels.dtype)
+        sides.append(min(pixels.shape[:2]))
+        counts.append(len(values))
+        means.append(values.mean(0, dtype=np.float64))
+        squares.append(((values - means[-1]) ** 2).sum(0))
+    if not dtypes:
         fail(f"--data_path: none of the images looked at is readable: {reason}")
-    median = sorted(sides)[len(sides) // 2]
-    if median < img_size:
-        print(f"warning: --img_size {img_size}: most images are smaller, so crops are enlarged, which costs "
-              f"time and adds nothing; {median} is their median side", file=sys.stderr)
+    dtype = max(dtypes, key=dtypes.count)
+    n, m, s = (np.array([x for x, own in zip(part, dtypes, strict=True) if own == dtype], np.float64)
+               for part in (counts, means, squares))
+    mean = n @ m / n.sum()
+    std = np.sqrt((s.sum(0) + n @ (m - mean) ** 2) / n.sum())
+    std = [float(f"{value:.6g}") or 1.0 for value in std]  # 1 for a constant band
+    mean = [round(m, 5 - math.floor(math.log10(s))) for m, s in zip(mean.tolist(), std, strict=True)]
+    return PixelStats(torch.uint8 if dtype == np.uint8 else torch.float32, mean, std, sides)
+
+
+def plain_decimals(values: Sequence[float]) -> str:
+    """Numbers without an exponent, with which argparse would take a negative one for a flag: -2600000."""
+    return " ".join(np.format_float_positional(value, trim="-") for value in values)
+
+
+def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float],
+               std: Sequence[float]) -> list[str]:
+    """Looks at some samples; sets `samples.dtype`, `args.mean` and `args.std`; returns lines to print.
+
+    Fails where none is readable; warns where most are smaller than --img_size. --mean and --std are taken as
+    given; without them `mean` and `std` serve 8-bit RGB, and what is measured all else.
+    """
+    found, lines = measure_pixels(samples, 32), []
+    side, median = min(timm.layers.to_2tuple(args.img_size)), sorted(found.sides)[len(found.sides) // 2]
+    if median < side:
+        lines.append(f"warning: --img_size {side}: most images are smaller, so crops are enlarged, which "
+                     f"costs time and adds nothing; {median} is their median side")
+    samples.dtype = found.dtype
+    if args.mean or args.std:
+        if not len(args.mean or []) == len(args.std or []) == samples.in_chans:
+            fail(f"--mean, --std: give {samples.in_chans} values for each, or neither")
+        fits = all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
+                   in zip(args.mean, args.std, found.mean, found.std, strict=True))
+        if not fits:
+            lines.append(f"warning: --mean and --std are far from the images' own, {found.flags()}")
+    elif samples.in_chans == 3 and found.dtype == torch.uint8:
+        args.mean, args.std = list(mean), list(std)
+    else:
+        found = measure_pixels(samples)
+        args.mean, args.std = found.mean, found.std
+        lines.append(f"measured on some images: {found.flags()}")
+    return lines
+
+
+def add_pixel_flags(add: Callable, tiles: bool = True) -> None:
+    """Adds the flags that load_samples takes beside --data_path, and --num_workers, to a group's `add`."""
+    add("--in_chans", type=positive(int), help="bands of an image; default: 3, or as many as --bands")
+    add("--bands", type=band, nargs="+", help="numbers from 1 choose and order the bands of a file; names, "
+        "such as B04 B03 B02, make a folder with a file for each of them the image")
+    if tiles:
+        add("--tile_size", type=positive(int), help="take images as a grid of windows of so many pixels, of "
+            "which only the parts needed are read; for large scenes")
+        add("--mean", type=finite(float), nargs="+", help="of each band, 8-bit pixels in [0, 1], others in "
+            "their units; default: the method's for 8-bit RGB, else measured and printed")
+        add("--std", type=positive(float), nargs="+", help="of each band; default: as --mean")
+    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
+        "most 16")
+
+
+def load_samples(args: argparse.Namespace, process: Process, mean: Sequence[float],
+                 std: Sequence[float]) -> Samples:
+    """The samples below --data_path by --in_chans, --bands and --tile_size; see set_pixels for the rest."""
+    check_bands(args)
+    paths = list_images(args.data_path, args.output_dir, bands=args.bands)
+    samples = Samples(paths, args.in_chans, args.bands, args.tile_size)
+    for line in set_pixels(samples, args, mean, std):
+        if process.is_main:
+            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+    return samples
+
+
+def to_float(images: Tensor, mean: Sequence[float] | None = None,
+             std: Sequence[float] | None = None) -> Tensor:
+    """Pixels ... x C x H x W to [0, 1]: 8-bit ones by 255, of others three deviations about each band's mean.
+
+    Without `mean` and `std` others than 8-bit pixels stay as they are.
+    """
+    if images.dtype == torch.uint8:
+        return images.float().div_(255)
+    return images if mean is None else ((images - _per_band(mean, images)) / _per_band(std, images)
+                                        ).div_(6).add_(0.5).clamp_(0, 1)
 
 
 class SkipUnreadable(torch.utils.data.Dataset):
-    """A data set that takes the next sample in place of an unreadable one, and says so; up to 100 times.
+    """A data set that takes another sample in place of an unreadable one, and says so; up to 100 times.
 
     `dataset[epoch, index]` may raise UnreadableImageError. Returns (sample, list of messages).
     """
@@ -390,9 +961,9 @@ class SkipUnreadable(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[object, list[str]]:
         epoch, index = key
         messages = []
-        for attempt in range(min(100, len(self.dataset))):
+        for other in _others(index, len(self.dataset)):
             try:
-                return self.dataset[epoch, (index + attempt) % len(self.dataset)], messages
+                return self.dataset[epoch, other], messages
             except UnreadableImageError as error:
                 messages.append(str(error))
         raise UnreadableImageError(f"{len(messages)} unreadable images in a row, the last: {messages[-1]}")
@@ -471,8 +1042,9 @@ def build_loader(dataset: torch.utils.data.Dataset, sampler: StepSampler, num_wo
 
 
 # --------------------------------------------------------------------------------------------------
-# Colour: whole batches on the training device. Images are float N x 3 x H x W in [0, 1] and changed in place.
-# Draws come from a CPU generator, so they are the same on every device; every sample has its own.
+# Colour: whole batches on the training device. Images are float N x C x H x W in [0, 1] and changed in place.
+# Draws come from a CPU generator, so they are the same on every device; every sample has its own. Of other
+# than 3 bands the grey is their mean, contrast is about each band's own mean, and the hue stays.
 # --------------------------------------------------------------------------------------------------
 
 
@@ -492,7 +1064,9 @@ def apply_where(where: Tensor, function: Callable, images: Tensor, *parameters: 
 
 
 def luma(images: Tensor) -> Tensor:
-    """Grey value n x 1 x H x W with torchvision's weights (ITU-R 601)."""
+    """Grey value n x 1 x H x W: with torchvision's weights (ITU-R 601), or the mean of other than 3 bands."""
+    if images.shape[1] != 3:
+        return images.mean(1, keepdim=True)
     r, g, b = images.unbind(1)
     return (0.2989 * r + 0.587 * g + 0.114 * b).unsqueeze(1)
 
@@ -508,17 +1082,20 @@ def adjust_brightness(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blends with the image's mean luma; `factor` (n,) at least 0."""
-    return blend(images, luma(images).mean((2, 3), keepdim=True), factor)
+    """Blends with the image's mean luma, or each band's own mean; `factor` (n,) at least 0."""
+    grey = luma(images) if images.shape[1] == 3 else images
+    return blend(images, grey.mean((2, 3), keepdim=True), factor)
 
 
 def adjust_saturation(images: Tensor, factor: Tensor) -> Tensor:
-    """Blends with the luma; `factor` (n,) at least 0."""
-    return blend(images, luma(images), factor)
+    """Blends with the luma; `factor` (n,) at least 0. One or two bands stay."""
+    return blend(images, luma(images), factor) if images.shape[1] > 2 else images
 
 
 def adjust_hue(images: Tensor, shift: Tensor) -> Tensor:
-    """Turns the hue by `shift` (n,) in [-.5, .5] turns, keeping HSV's saturation and value."""
+    """Turns the hue by `shift` (n,) in [-.5, .5] turns, keeping HSV's saturation and value; of RGB only."""
+    if images.shape[1] != 3:
+        return images
     r, g, b = images.unbind(1)
     value = images.amax(1)
     chroma = value - images.amin(1)
@@ -557,7 +1134,7 @@ def color_jitter(images: Tensor, where: Tensor, factors: Tensor, order: Tensor) 
 
 
 def grayscale(images: Tensor, where: Tensor) -> Tensor:
-    """Replaces the chosen samples by their luma in all three channels."""
+    """Replaces the chosen samples by their luma in all channels."""
     return apply_where(where, lambda chosen: luma(chosen).expand_as(chosen), images)
 
 
@@ -582,10 +1159,333 @@ def solarize(images: Tensor, where: Tensor) -> Tensor:
     return apply_where(where, lambda chosen: torch.where(chosen >= 128 / 255, 1 - chosen, chosen), images)
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(images - mean) / std per channel."""
-    mean, std = (torch.tensor(value, device=images.device).view(1, -1, 1, 1) for value in (mean, std))
-    return (images - mean).div_(std)
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float],
+              dtype: torch.dtype = torch.uint8) -> Tensor:
+    """What to_float made of pixels of `dtype`, to zero mean and unit deviation per band.
+
+    8-bit pixels: (images - mean) / std. Others are there already but for their range: 6 (images - .5).
+    """
+    if dtype != torch.uint8:
+        return (images - 0.5).mul_(6)
+    return (images - _per_band(mean, images)).div_(_per_band(std, images))
+
+
+def _per_band(values: Sequence[float], images: Tensor) -> Tensor:
+    return torch.tensor(values, device=images.device, dtype=torch.float32).view(-1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# Anybody's PyTorch files, read without running anything of them
+# --------------------------------------------------------------------------------------------------
+
+
+class RefusedFileError(ValueError):
+    """A file that is not damaged, and still not read; the message says why, and what to do."""
+
+
+class Placeholder:
+    """Stands for what load_checkpoint leaves in the file: all but tensors, containers, numbers and text.
+
+    It holds its name alone. It may be called, indexed, set, iterated and hashed, and nothing comes of it.
+    """
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str):
+        object.__setattr__(self, "name", name)
+
+    def __repr__(self) -> str:
+        return f"<{self.name}, left in the file>"
+
+    def __call__(self, *args: object, **kwargs: object) -> "Placeholder":
+        """Calls nothing."""
+        return self
+
+    def __getitem__(self, key: object) -> "Placeholder":
+        return self
+
+    def __setitem__(self, key: object, value: object) -> None:
+        pass
+
+    def __setattr__(self, name: str, value: object) -> None:
+        pass
+
+    def __iter__(self) -> Iterator:
+        return iter(())
+
+    def __len__(self) -> int:
+        return 0
+
+
+@dataclass(frozen=True, eq=False)
+class Storage:
+    """The memory of one tensor or several in a file: its bytes, 1-D uint8, and what they mean."""
+
+    data: Tensor
+    dtype: torch.dtype
+
+
+STORAGE_DTYPES = {
+    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
+    "Untyped": torch.uint8}
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+HASHABLE = (str, int, float, bool, bytes, type(None))
+
+
+class DataUnpickler(pickle._Unpickler):
+    """Python's own unpickler in Python, without its power: it looks up no name and calls nothing of a file.
+
+    Every global is a Placeholder with its name. Where the file asks to call one, the few names in MADE are
+    made here, of checked arguments; any other call gives a Placeholder. Only plain lists, dicts, sets and
+    Namespaces are ever filled. So there is no object in reach whose methods do anything.
+
+    Args:
+        file: where the pickle begins.
+        storage: (dtype, key, numel, and of old files the part that is meant) -> Storage.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: BinaryIO, storage: Callable):
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.storage = storage
+
+    def find_class(self, module: str, name: str) -> Placeholder:
+        """Of GLOBAL, STACK_GLOBAL, INST: no import, no look-up."""
+        return Placeholder(f"{module}.{name}")
+
+    def get_extension(self, code: int) -> None:
+        """Of EXT1, EXT2, EXT4: names that this process has numbers for."""
+        self.append(Placeholder(f"extension {code}"))
+
+    def persistent_load(self, saved_id: object) -> object:
+        """The storage of a tensor; of the oldest files, the class of a module too."""
+        if type(saved_id) is not tuple or saved_id[0] != "storage":
+            return Placeholder("module")
+        _, cls, key, _, numel, *rest = saved_id
+        kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", cls.name)
+        if type(key) is not str or type(numel) is not int:
+            raise ValueError("a storage without a name or a size")
+        return self.storage(STORAGE_DTYPES[kind[1]], key, numel, *rest)
+
+    def _instantiate(self, cls: object, args: list) -> None:  # of INST and OBJ
+        self.append(make(cls, tuple(args)))
+
+    def _call(self) -> None:
+        args, function = self.stack.pop(), self.stack.pop()
+        self.append(make(function, args))
+
+    def _call_with_names(self) -> None:
+        self.stack.pop()
+        self._call()
+
+    def _build(self) -> None:
+        state, made = self.stack.pop(), self.stack[-1]
+        if type(state) is not dict:
+            return
+        if type(made) is argparse.Namespace:
+            vars(made).update((name, value) for name, value in state.items() if type(name) is str)
+        elif type(made) is OrderedDict and type(state.get("_metadata")) in (dict, OrderedDict):
+            made._metadata = state["_metadata"]  # versions of modules, in a state dict
+
+    def _collect(self, collect: Callable) -> None:
+        items = self.pop_mark()  # which brings the stack back that self.append then adds to
+        self.append(collect(items))
+
+    def _fill(self, add: Callable) -> None:
+        items = self.pop_mark()
+        add(self.stack[-1], items)
+
+    def _fill_one(self, add: Callable, count: int) -> None:
+        items = self.stack[-count:]
+        del self.stack[-count:]
+        add(self.stack[-1], items)
+
+    for _code, _load in {
+            pickle.REDUCE: _call, pickle.NEWOBJ: _call, pickle.NEWOBJ_EX: _call_with_names,
+            pickle.BUILD: _build,
+            pickle.DICT: lambda self: self._collect(lambda items: set_items({}, items)),
+            pickle.FROZENSET: lambda self: self._collect(lambda items: frozenset(map(hashable, items))),
+            pickle.SETITEM: lambda self: self._fill_one(set_items, 2),
+            pickle.SETITEMS: lambda self: self._fill(set_items),
+            pickle.APPEND: lambda self: self._fill_one(extend, 1),
+            pickle.APPENDS: lambda self: self._fill(extend),
+            pickle.ADDITEMS: lambda self: self._fill(extend)}.items():
+        dispatch[_code[0]] = _load
+
+
+def hashable(value: object) -> object:
+    """The value itself as a key of a dict or set, where it is plain, or a flat tuple of what is plain.
+
+    Else a Placeholder: hashing a file's tuples within tuples within tuples would overflow the C stack.
+    """
+    parts = value if type(value) is tuple else (value,)
+    return value if all(type(part) in HASHABLE for part in parts) else Placeholder("key")
+
+
+def set_items(container: object, items: list) -> object:
+    """Puts key, value, key, value, ... into a plain dict; nothing else is filled."""
+    if type(container) in (dict, OrderedDict):
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            container[hashable(key)] = value
+    return container
+
+
+def extend(container: object, items: list) -> None:
+    """Adds items to a plain list or set; nothing else is filled."""
+    if type(container) is list:
+        container.extend(items)
+    elif type(container) is set:
+        container.update(map(hashable, items))
+
+
+def make(function: object, args: tuple) -> object:
+    """What a call in a file stands for: one of MADE, or a Placeholder."""
+    name = function.name if type(function) is Placeholder else "object"
+    return MADE[name](*args) if name in MADE else Placeholder(name)
+
+
+def _make_ordered(pairs: list | tuple = ()) -> OrderedDict | Placeholder:  # Python 2 gave the items here
+    if type(pairs) not in (list, tuple) or any(type(pair) not in (list, tuple) for pair in pairs):
+        return Placeholder("OrderedDict")
+    return set_items(OrderedDict(), [part for pair in pairs for part in pair])
+
+
+def _make_set(items: list | tuple = ()) -> set | Placeholder:
+    return set(map(hashable, items)) if type(items) in (list, tuple) else Placeholder("set")
+
+
+def _make_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> object:
+    if type(storage) is not Storage:
+        raise ValueError("a tensor without a storage")
+    if len(rest) > 2 and rest[2]:  # a flag that negates or conjugates it
+        return Placeholder("tensor with flags")
+    if math.prod(size) > 2**48:  # by strides of 0, from a few bytes
+        raise ValueError(f"a tensor of {size}")
+    data = storage.data.view(storage.dtype)
+    return data.as_strided(size, stride, data.storage_offset() + offset)  # refuses what is out of bounds
+
+
+def _make_tensor_of(storage: Storage, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object,
+                    dtype: Placeholder, *rest: object) -> object:
+    return _make_tensor(Storage(storage.data, DTYPES[dtype.name]), offset, size, stride, grad, hooks, *rest)
+
+
+MADE = {
+    "collections.OrderedDict": _make_ordered, "collections.defaultdict": lambda *args: {},
+    "builtins.set": _make_set, "__builtin__.set": _make_set,
+    "argparse.Namespace": lambda *args: argparse.Namespace(),
+    "torch._utils._rebuild_tensor": _make_tensor, "torch._utils._rebuild_tensor_v2": _make_tensor,
+    "torch._utils._rebuild_tensor_v3": _make_tensor_of,
+    "torch._utils._rebuild_parameter": lambda data, *rest: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
+    "torch._tensor._rebuild_from_type_v2": lambda function, cls, args, state: make(function, args)}
+
+
+def load_checkpoint(path: str | Path) -> dict:
+    """Reads a dict that torch.save wrote: tensors on the CPU, containers, numbers, text; else Placeholders.
+
+    Nothing of the file runs. Files of torch 1.6 and later are zip archives, whose checksums are compared;
+    older ones have none.
+
+    Raises:
+        ValueError: the file is damaged, or holds something else; the reason, in one line.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(262)
+            file.seek(0)
+            if start[257:] == b"ustar":
+                raise RefusedFileError("a file of PyTorch before 0.2: load it there, and save it again")
+            content = _load_zip(file) if start.startswith(b"PK") else _load_legacy(file)
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    except RefusedFileError:
+        raise
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
+        raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
+    if not isinstance(content, dict):
+        raise ValueError("holds no dict, so no state dict of tensors")
+    return content
+
+
+def _load_zip(file: BinaryIO) -> object:
+    storages = {}
+    with zipfile.ZipFile(file) as archive:
+        folder = archive.namelist()[0].split("/")[0]
+        if f"{folder}/constants.pkl" in archive.namelist():
+            raise RefusedFileError("a TorchScript program: save the state_dict() of its network instead")
+        if f"{folder}/byteorder" in archive.namelist():
+            _check_byteorder(bytes(_read_entry(archive, f"{folder}/byteorder").numpy()).decode())
+
+        def storage(dtype: torch.dtype, key: str, numel: int, *_: object) -> Storage:
+            if key not in storages:
+                storages[key] = _read_entry(archive, f"{folder}/data/{key}", numel * dtype.itemsize)
+            return Storage(storages[key], dtype)
+
+        pickled = _read_entry(archive, f"{folder}/data.pkl")
+        return DataUnpickler(io.BytesIO(pickled.numpy()), storage).load()
+
+
+def _check_byteorder(byteorder: str) -> None:
+    if byteorder != sys.byteorder:
+        raise RefusedFileError(f"its numbers are {byteorder}-endian, this machine's are not")
+
+
+def _read_entry(archive: zipfile.ZipFile, name: str, nbytes: int | None = None) -> Tensor:
+    entry = archive.getinfo(name)
+    if nbytes not in (None, entry.file_size):
+        raise ValueError(f"{name} has {entry.file_size} bytes, not {nbytes}")
+    if not entry.CRC:  # torch.serialization.set_crc32_options(False)
+        entry.CRC = None
+    with archive.open(entry) as file:
+        data = _read_bytes(file, entry.file_size)
+        if file.read(1):  # at the end the checksum is compared
+            raise ValueError(f"{name} is longer than {entry.file_size} bytes")
+    return data
+
+
+def _read_bytes(file: BinaryIO, nbytes: int) -> Tensor:
+    data = torch.empty(nbytes, dtype=torch.uint8)
+    view = memoryview(data.numpy())
+    while len(view):
+        count = file.readinto(view[: 2**20])
+        if not count:
+            raise ValueError("cut short")
+        view = view[count:]
+    return data
+
+
+def _load_legacy(file: BinaryIO) -> object:
+    # Five pickles: a number, the version, the system, the object, the storages' keys; then their bytes.
+    storages, size = {}, os.fstat(file.fileno()).st_size
+
+    def storage(dtype: torch.dtype, key: str, numel: int, part: tuple | None = None) -> Storage:
+        if not 0 <= numel * dtype.itemsize <= size:
+            raise ValueError(f"cut short: a storage of {numel} numbers")
+        if key not in storages:
+            storages[key] = Storage(torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype)
+        whole = storages[key]
+        if part is None:
+            return whole
+        _, first, count = part
+        return Storage(whole.data.narrow(0, first * dtype.itemsize, count * dtype.itemsize), dtype)
+
+    number, version, system, result, keys = (DataUnpickler(file, storage).load() for _ in range(5))
+    if number != torch.serialization.MAGIC_NUMBER or version != torch.serialization.PROTOCOL_VERSION:
+        raise ValueError("another format")
+    _check_byteorder("little" if system["little_endian"] else "big")
+    if sorted(keys) != sorted(storages):
+        raise ValueError("not the storages of its tensors")
+    for key in keys:
+        data, dtype = storages[key].data, storages[key].dtype
+        if int.from_bytes(file.read(8), sys.byteorder) * dtype.itemsize != len(data):
+            raise ValueError(f"storage {key} has another size")
+        data.copy_(_read_bytes(file, len(data)))
+    return result
 
 
 # --------------------------------------------------------------------------------------------------
@@ -599,28 +1499,84 @@ def _close_names(name: str) -> str:
 
 
 def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int | None = None,
-                   drop_path: float = 0, in_chans: int = 3) -> nn.Module:
+                   drop_path: float = 0, in_chans: int = 3, global_pool: str | None = None) -> nn.Module:
     """A timm model from N x in_chans x H x W to pooled features N x D, for any H and W where it can.
 
-    Its `model_args` attribute holds what timm.create_model needs beside the name to build it again.
+    A Swin keeps the windows of its own size, 224 px or what its name says, at smaller sizes too.
+
+    Args:
+        arch: of timm.
+        img_size: side, or height and width, of the images.
+        patch_size: of a ViT; None: the arch's own.
+        drop_path: rate of stochastic depth.
+        in_chans: channels of the images.
+        global_pool: of a ViT: "avg" for fc_norm(mean of the patch tokens); None: the arch's own.
+
+    Returns:
+        the model; its `model_args` attribute holds what timm.create_model needs beside the name to build it
+        again.
     """
     if not timm.is_model(arch):
         fail(f"--arch {arch}: timm has no such model{_close_names(arch)}")
     own = {"patch_size": patch_size} if patch_size else {}
     own |= {"in_chans": in_chans} if in_chans != 3 else {}
+    own |= {"global_pool": global_pool} if global_pool else {}
+    swin = arch.startswith("swin_")
     # Swin takes strict_img_size, ViT dynamic_img_size, convolutional nets neither.
-    sized = {"img_size": img_size, **own}
+    strict = {"strict_img_size": False, "img_size": swin_size(arch, img_size) if swin else img_size, **own}
     # 0 is given too, because Swin's own default is .1; a net that takes no rate has none.
     rates = [{"drop_path_rate": drop_path}] + [{}] * (drop_path == 0)
-    variants = ({"strict_img_size": False, **sized}, {"dynamic_img_size": True, **sized}, own)
+    variants = (strict, {"dynamic_img_size": True, "img_size": img_size, **own}, own)
     for model_args, rate in itertools.product(variants, rates):
         try:
             backbone = timm.create_model(arch, num_classes=0, **rate, **model_args)
-            backbone.model_args = model_args
+            backbone.model_args, backbone.built_for = model_args, img_size
+            if swin:
+                backbone.register_load_state_dict_pre_hook(take_small_windows)
             return backbone
         except TypeError as error:  # an argument this model does not have
             reason = error
     fail(f"--arch {arch}: cannot be built with --patch_size {patch_size} --drop_path {drop_path}: {reason}")
+
+
+def swin_size(arch: str, img_size: int | tuple[int, int]) -> int | tuple[int, int]:
+    """The size to build a Swin for: its own, at least, since timm shrinks windows larger than a stage's map.
+
+    So its features are torchvision's at multiples of 224 px (windows of 7), and near them elsewhere:
+    torchvision pads maps before it shifts windows, timm after that, and where timm shifts a map of one window
+    torchvision does not.
+    """
+    cfg = timm.get_pretrained_cfg(arch)
+    sides = zip(timm.layers.to_2tuple(img_size), cfg.input_size[1:], strict=True)
+    height, width = (max(pair) for pair in sides)
+    return height if height == width else (height, width)
+
+
+def take_small_windows(swin: nn.Module, state: dict, prefix: str = "", *_: object) -> None:
+    """Shrinks the windows of a Swin to those of `state`, where timm would for the size it is used at.
+
+    Runs of earlier versions were built so. Parameters stay the same objects: an optimizer may hold them.
+    """
+    suffix = "relative_position_bias_table"
+
+    def fits(swin: nn.Module) -> bool:
+        return all(state[prefix + name].shape == p.shape for name, p in swin.named_parameters()
+                   if name.endswith(suffix) and prefix + name in state)
+
+    if fits(swin):
+        return
+    size, window = timm.layers.to_2tuple(swin.built_for), swin.layers[0].blocks[0].attn.window_size
+    small = copy.deepcopy(swin)
+    small.set_input_size(size, window_size=window)
+    if fits(small):
+        parameters = dict(swin.named_parameters())
+        swin.set_input_size(size, window_size=window)
+        for name, table in list(swin.named_parameters()):
+            if name.endswith(suffix):
+                parameters[name].data = table.data
+                attention = swin.get_submodule(name.removesuffix(f".{suffix}"))
+                attention.relative_position_bias_table = parameters[name]
+        swin.model_args["img_size"] = swin.built_for
 
 
 def patch_multiple(backbone: nn.Module) -> int:
@@ -644,7 +1600,7 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
 
     Returns:
         state dict of the backbone in timm's names, without prefixes; what is known of its arch, patch_size,
-        img_size (a side, or height and width), and mean and std of its channels.
+        img_size (a side, or height and width), mean and std of its channels, and global_pool.
     """
     path = Path(source)
     if path.is_dir():
@@ -675,37 +1631,46 @@ def _read_exported(folder: Path, flag: str) -> tuple[dict, dict]:
     args, cfg = config.get("model_args", {}), config["pretrained_cfg"]
     height, width = cfg["input_size"][1:]
     return state, {"arch": config["architecture"], "patch_size": args.get("patch_size"), "mean": cfg["mean"],
-                   "std": cfg["std"], "img_size": height if height == width else (height, width)}
+                   "std": cfg["std"], "img_size": height if height == width else (height, width),
+                   **_pooling(state)}
+
+
+def _pooling(state: dict) -> dict:
+    # ViTs fine-tuned by MAE's code: a norm behind the mean of the patch tokens in place of the last norm.
+    return {"global_pool": "avg"} if "fc_norm.weight" in state and "norm.weight" not in state else {}
 
 
 def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tuple[dict, dict]:
     try:
         loader = safetensors.torch.load_file if path.suffix == ".safetensors" else load_checkpoint
         checkpoint = loader(path)
-        if not isinstance(checkpoint, dict):
-            raise ValueError("is no state dict of tensors")
     except Exception as error:
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
+    args = args if isinstance(args, dict) else {}
     known = ("arch", "patch_size", "img_size", "mean", "std")
-    info = {name: args[name] for name in known if args.get(name) is not None} if args else {}
+    info = {name: args[name] for name in known if args.get(name) is not None}
     if isinstance(info.get("img_size"), list):  # one side, or height and width
         info["img_size"] = tuple(info["img_size"]) if len(set(info["img_size"])) > 1 else info["img_size"][0]
     inner = key if key not in checkpoint else None  # a network within a state dict
     usual = ("teacher", "encoder_q", "online", "state_dict", "model")
     entry = key if key in checkpoint else next((name for name in usual if name in checkpoint), None)
     state = checkpoint[entry] if entry else checkpoint
-    names = [name.removeprefix("module.") for name in state] if isinstance(state, dict) else []
+    state = state if isinstance(state, dict) else {}
+    state = {name: x for name, x in state.items() if isinstance(name, str) and isinstance(x, Tensor)}
+    names = [name.removeprefix("module.") for name in state]
     if inner and not any(name.startswith(f"{inner}.") for name in names):
-        found = dict.fromkeys(name.split(".")[0] for name in [*checkpoint, *names])
+        keys = [name for name in checkpoint if isinstance(name, str)]
+        found = dict.fromkeys(name.split(".")[0] for name in [*keys, *names])
         fail(f"--checkpoint_key {key}: {path} has {', '.join(list(found)[:12])}")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not state:
         fail(f"{flag} {path}: {f'its {entry} is' if entry else 'is'} no state dict of tensors")
-    return _backbone_names(state, inner or "encoder_q", whole), info
+    state = _backbone_names(state, inner or "encoder_q", whole)
+    return state, info | _pooling(state)
 
 
 # torchvision's names of ViT and Swin -> timm's. Swin: features 1, 3, 5, 7 are stages, 2, 4, 6 lie between.
-# The two pad in other ways: its features are equal where no window is padded, at multiples of 224 px.
+# swin_size says where the features of the two Swins are equal.
 TORCHVISION_NAMES = (
     (r"^conv_proj\.", "patch_embed.proj."), (r"^class_token$", "cls_token"),
     (r"^encoder\.pos_embedding$", "pos_embed"), (r"^encoder\.ln\.", "norm."),
@@ -717,6 +1682,14 @@ TORCHVISION_NAMES = (
     *((rf"^features\.{2 * i}\.", f"layers.{i}.downsample.") for i in range(1, 4)))
 
 
+# mmcls's names of Swin, which CMID's authors train -> timm's.
+MMCLS_NAMES = (
+    (r"^patch_embed\.projection\.", "patch_embed.proj."), (r"^norm3\.", "norm."),
+    *((rf"^stages\.{i}\.downsample\.", f"layers.{i + 1}.downsample.") for i in range(3)),
+    (r"^stages\.", "layers."), (r"\.attn\.w_msa\.", ".attn."), (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."))
+
+
 def _backbone_names(state: dict, network: str, whole: bool) -> dict:
     kept = ("decoder_", "mask_token") if whole else ()
     # Of DDP, MoCo, CMID (two), DINO and ours; what lies beside them in the file is not the backbone.
@@ -725,29 +1698,90 @@ def _backbone_names(state: dict, network: str, whole: bool) -> dict:
             state = {name.removeprefix(prefix): x for name, x in state.items()
                      if name.startswith((prefix, *kept))}
     if {"conv_proj.weight", "features.1.0.attn.qkv.weight"} & state.keys():
-        for old, new in TORCHVISION_NAMES:
-            state = {re.sub(old, new, name): x for name, x in state.items()}
+        return _renamed(state, TORCHVISION_NAMES)
+    if any(".attn.w_msa." in name for name in state):
+        state = {name: _merging_of_mmcls(x) if re.match(r"stages\.\d\.downsample\.", name) else x
+                 for name, x in state.items()}
+        return _renamed(state, MMCLS_NAMES)
     return state
+
+
+def _renamed(state: dict, names: tuple) -> dict:
+    for old, new in names:
+        state = {re.sub(old, new, name): x for name, x in state.items()}
+    return state
+
+
+def _merging_of_mmcls(x: Tensor) -> Tensor:
+    # Four neighbours become one token: theirs unfolds by channel, row, column; timm's goes by column, row,
+    # channel. The last dimension of the norm's and the reduction's tensors follows.
+    by_neighbour = x.unflatten(-1, (-1, 2, 2))  # ... C row column
+    return by_neighbour.movedim((-1, -2, -3), (-3, -2, -1)).flatten(-3).contiguous()
+
+
+def convert_first_conv(weight: Tensor, conv: nn.Conv2d) -> tuple[Tensor, list[str]]:
+    """Weights D x C x h x w for the channels of `conv`, and patches of its size; in words what was done.
+
+    Equal channels in, equal tokens out: each new channel gets an equal share of the old ones' sum. But three
+    become more as in timm, repeated and scaled: the first stay red, green and blue.
+    """
+    C, in_chans, words = weight.shape[1], conv.in_channels, []
+    if C != in_chans:
+        words.append(f"{C} channels converted to {in_chans}")
+        if C == 3 < in_chans:
+            weight = timm.models.adapt_input_conv(in_chans, weight.float())
+        else:
+            weight = (weight.float().sum(1, keepdim=True) / in_chans).expand(-1, in_chans, -1, -1)
+    old, new = tuple(weight.shape[2:]), conv.kernel_size
+    if old != new == conv.stride:
+        weight = timm.layers.resample_patch_embed(weight.float(), list(new))
+        words.append(f"patches of {shape_words(old)} px resampled to {shape_words(new)}")
+    return weight, words
+
+
+def _convert_first_convs(backbone: nn.Module, state: dict) -> tuple[dict, list[str]]:
+    first = getattr(backbone, "pretrained_cfg", {}).get("first_conv") or ()
+    modules, report = dict(backbone.named_modules()), []
+    for name in (first,) if isinstance(first, str) else first:
+        conv, weight = modules.get(name), state.get(f"{name}.weight")
+        if isinstance(conv, nn.Conv2d) and weight is not None and weight.ndim == 4 and conv.groups == 1:
+            weight, words = convert_first_conv(weight, conv)
+            if words and weight.shape == conv.weight.shape:
+                state = state | {f"{name}.weight": weight}
+                report.append(f"{name}.weight: {', '.join(words)}")
+    return state, report
+
+
+def shape_words(shape: Sequence[int]) -> str:
+    """A shape as the messages have it: 64 x 3 x 7 x 7."""
+    return " x ".join(map(str, shape)) or "1 number"
 
 
 def loading_report(source: str, own: dict, state: dict, fitting: dict) -> str:
     """A line on a network's tensors `own`, those of a file, `state`, and those taken from it, `fitting`."""
     report = f"{source}: {len(fitting)} of {len(own)} tensors loaded"
-    for what, all_names in (("missing", own), ("not used", state)):
-        names = all_names.keys() - fitting.keys()
-        shown = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
-        report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
+    wrong = [f"{name}: {shape_words(state[name].shape)} in the file, {shape_words(x.shape)} in the network"
+             for name, x in own.items() if name in state.keys() - fitting.keys()]
+    for what, names in (("missing", own.keys() - state.keys() - fitting.keys()), ("of another shape", wrong),
+                        ("not used", state.keys() - own.keys() - fitting.keys())):
+        shown = ", ".join(ascii(name)[1:-1] for name in sorted(names)[:3]) + ", ..." * (len(names) > 3)
+        if names or what != "of another shape":
+            report += f", {len(names)} {what}" + (f" ({shown})" if names else "")
     return report
 
 
 def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: bool = False) -> str:
-    """Fills `backbone` from `state` and returns a line that says what was loaded, missing and unexpected.
+    """Fills `backbone` from `state`; returns a line: loaded, missing, not used, converted and resampled.
 
-    timm resamples position embeddings and patch projections of another size; all else of another shape counts
-    as missing. Fails when under 90 % of the backbone's tensors are filled, or the file has more blocks,
-    unless `allow_partial`.
+    A first convolution of other channels is converted. timm resamples position embeddings and patches of
+    another size. Fails where a tensor of the backbone is missing or has another shape, or the file has more
+    blocks, unless `allow_partial`.
     """
-    own = backbone.state_dict()
+    own, given = backbone.state_dict(), state
+    state, words = _convert_first_convs(backbone, state)
+    if isinstance(backbone, timm.models.SwinTransformer):
+        take_small_windows(backbone, state)
+        own = backbone.state_dict()
 
     def fit(state: dict) -> dict:
         return {name: x for name, x in state.items() if name in own and x.shape == own[name].shape}
@@ -771,10 +1805,15 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
              and not name.endswith(buffers)]
     # BatchNorm's counters of batches change no feature; files of old PyTorch lack them.
     needed = {name for name in own if not name.endswith("num_batches_tracked")}
-    if (extra or len(fitting.keys() & needed) < 0.9 * len(needed)) and not (allow_partial and fitting):
+    if (extra or needed - fitting.keys()) and not (allow_partial and fitting):
         fail(f"{report}: another arch? (--allow_partial takes what fits)")
     backbone.load_state_dict(fitting, strict=False)
-    return report
+    changed = [f"{name} ({shape_words(given[name].shape)} to {shape_words(x.shape)})"
+               for name, x in fitting.items() if name in given and given[name].shape != x.shape
+               and not any(word.startswith(f"{name}:") for word in words)]
+    if changed:
+        words.append(f"{len(changed)} resampled ({', '.join(changed[:3])}{', ...' * (len(changed) > 3)})")
+    return "; ".join([report, *words])
 
 
 def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | None) -> str:
@@ -783,13 +1822,19 @@ def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | N
         return f"resumed at step {saved['step']}{', --init is not read again' if args.init else ''}"
     if not args.init:
         return "from scratch"
-    state, _ = read_weights(args.init, args.checkpoint_key, "--init")
+    state, info = read_weights(args.init, args.checkpoint_key, "--init")
+    if "pos_embed" in state and isinstance(info.get("img_size"), tuple):  # as many could make a square
+        fail(f"--init {args.init}: its positions are of {shape_words(info['img_size'])} px, not of a square")
     return load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
 
 
 def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int, int],
                     mean: Sequence[float], std: Sequence[float]) -> None:
-    """Writes config.json and model.safetensors for timm.create_model("local-dir:FOLDER", pretrained=True)."""
+    """Writes config.json and model.safetensors.
+
+    They load by timm.create_model("local-dir:FOLDER", pretrained=True), and by transformers'
+    AutoModel.from_pretrained("FOLDER").
+    """
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     kept = ("architecture", "first_conv", "classifier", "pool_size")
@@ -802,6 +1847,10 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
     with writing(folder):
         timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args),
                                 safe_serialization=True)
+        config = json.loads((new / "config.json").read_text())
+        # timm's later versions add num_classes, which transformers gives itself.
+        config["model_args"] = dict(backbone.model_args)
+        (new / "config.json").write_text(json.dumps(config, indent=2))
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own: the owner's alone
         folder.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):
@@ -842,9 +1891,9 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace, **more: object) 
 
 
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
-    """Moves a network; convolutional ones on a GPU to channels_last memory, which is faster there."""
+    """Moves a network; convolutional ones to channels_last memory, in which they are faster."""
     model.to(device)
-    if device.type == "cuda" and not any(hasattr(module, "patch_embed") for module in model.modules()):
+    if device.type != "mps" and not any(hasattr(module, "patch_embed") for module in model.modules()):
         model.to(memory_format=torch.channels_last)
     return model
 
@@ -931,18 +1980,6 @@ def write_atomically(path: Path, write: Callable) -> None:
             temporary.unlink(missing_ok=True)  # half of a file only takes the space
 
 
-def load_checkpoint(path: str | Path) -> dict:
-    """Loads to the CPU without ever running code from the file; raises ValueError with the reason."""
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # harmless: flags in public checkpoints
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(str(error)) from error
-    except pickle.UnpicklingError as error:
-        raise ValueError("refused, because loading it would run code; or no PyTorch file") from error
-    except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0][:100]
-        raise ValueError(f"damaged, or no PyTorch file ({reason})") from error
 
 
 def make_output_dir(folder: str, process: Process) -> Path:
@@ -1010,19 +2047,21 @@ def feature_std(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
-def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float],
-              std: Sequence[float]) -> Tensor:
-    """Writes a PNG with a row per image: its views, normalised 3 x h x w of any size, centred on white.
+def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float], std: Sequence[float],
+              dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Writes a PNG with a row per image: its views, normalised C x h x w of any size, centred on white.
 
-    Returns the picture, 3 x H x W in [0, 1].
+    The first three bands are red, green and blue; of fewer the first is grey. `mean`, `std` and `dtype` are
+    those that normalize was given. Returns the picture, 3 x H x W in [0, 1].
     """
     side = max(max(view.shape[1:]) for row in rows for view in row)
-    mean, std = (torch.tensor(value).view(3, 1, 1) for value in (mean, std))
+    if dtype != torch.uint8:  # as to_float: three deviations either way
+        mean, std = [0.5] * len(mean), [1 / 6] * len(std)
     grid = torch.ones(len(rows) * len(rows[0]), 3, side, side)
     for cell, view in zip(grid, (view for row in rows for view in row), strict=True):
-        (_, h, w), view = view.shape, view.float().cpu() * std + mean
+        (_, h, w), view = view.shape, view.float().cpu() * _per_band(std, cell) + _per_band(mean, cell)
         top, left = (side - h) // 2, (side - w) // 2
-        cell[:, top : top + h, left : left + w] = view.clamp(0, 1)
+        cell[:, top : top + h, left : left + w] = view[: 3 if len(view) > 2 else 1].clamp(0, 1)
     grid = torchvision.utils.make_grid(grid, nrow=len(rows[0]), pad_value=1.0)
     write_atomically(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
     return grid
@@ -1039,7 +2078,8 @@ def add_run_flags(parser: argparse.ArgumentParser, amp: str = "auto") -> None:
     add("--output_dir", required=True, help="where everything is written; a run found there is resumed")
     add("--seed", type=not_negative(int), default=0, help="of weights, order and all random draws")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default=amp, help="auto: bf16 on GPUs with it")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default=amp, help="auto: bf16 on GPUs and "
+        "CPUs that compute it natively")
     add("--compile", action=yes_no, default=False, help="torch.compile the networks; pays on long runs")
     add("--save_every", type=positive(int), default=1, help="epochs between checkpoints; more where epochs "
         "are short")
@@ -1215,11 +2255,11 @@ class Run:
         epochs, rest = divmod(done, self.steps_per_epoch)
         return done == self.stop_step or (rest == 0 and epochs % self.args.save_every == 0)
 
-    def draw(self, name: str, rows: Sequence[Sequence[Tensor]]) -> None:
+    def draw(self, name: str, rows: Sequence[Sequence[Tensor]], dtype: torch.dtype = torch.uint8) -> None:
         """Writes OUT/`name`, a picture with a row per image; see save_grid. Its time does not count."""
         if self.process.is_main:
             began = time.perf_counter()
-            grid = save_grid(self.out / name, rows, self.args.mean, self.args.std)
+            grid = save_grid(self.out / name, rows, self.args.mean, self.args.std, dtype)
             if self._events:
                 self._events.add_image(Path(name).stem, grid, self.step)
             self.began += time.perf_counter() - began

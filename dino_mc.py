@@ -48,6 +48,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 
 import timm.layers
@@ -59,7 +60,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process, finite, not_negative, positive, unit
+from common import Process, Samples, not_negative, positive, unit
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -74,12 +75,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder of images, at any depth; tp: one folder per location")
     add("--img_size", type=positive(int), default=224, help="side of the global crops; local ones scale "
         "with it")
-    add("--mean", type=finite(float), nargs=3, default=common.IMAGENET_MEAN, help="of RGB in [0, 1]")
-    add("--std", type=positive(float), nargs=3, default=common.IMAGENET_STD, help="of RGB in [0, 1]")
     add("--one_date_per_location", action=yes_no, default=False,
         help="mc, dino: a folder is a place; an epoch takes one of its images, drawn anew")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    common.add_pixel_flags(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="vit_small_patch16_224", help="any timm model with pooled features, such as "
@@ -92,7 +90,8 @@ def get_parser() -> argparse.ArgumentParser:
         "pretrained weights by name")
     add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
         "exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mode", choices=["mc", "dino", "tp"], default="mc", help="mc: local crops of many sizes; dino: of "
@@ -238,29 +237,31 @@ def make_views(mode: str, img_size: int, sizes: Sequence[int], global_scale: tup
 
 
 class ViewDataset(torch.utils.data.Dataset):
-    """Geometry of all views of a sample, in uint8, drawn from (seed, epoch, index) alone.
+    """Geometry of all views of an image or of a location, drawn from (seed, epoch, index) alone.
 
     Args:
-        locations: the images to choose from for each sample: one, or the dates of a place.
+        samples: the images.
         views: what to make of them.
         seed: of the run.
+        locations: numbers of the dates of each place, to choose from; None: every image by itself.
     """
 
-    def __init__(self, locations: list[list[str]], views: list[View], seed: int):
-        self.locations, self.views, self.seed = locations, views, seed
+    def __init__(self, samples: Samples, views: list[View], seed: int,
+                 locations: list[list[int]] | None = None):
+        self.samples, self.views, self.seed, self.locations = samples, views, seed, locations
 
     def __len__(self) -> int:
-        return len(self.locations)
+        return len(self.samples if self.locations is None else self.locations)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
-        """Returns V tensors uint8 3 x size x size."""
+        """Returns V tensors bands x size x size of the files' dtype."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
-        dates = self.locations[index]
+        dates = [index] if self.locations is None else self.locations[index]
         order = torch.randperm(len(dates)).tolist()  # without replacement; too few repeat
         chosen = [dates[order[view.date % len(dates)]] for view in self.views]
-        images = {path: common.read_image(path) for path in dict.fromkeys(chosen)}
-        return [self._crop(images[path], view) for path, view in zip(chosen, self.views, strict=True)]
+        images = {date: self.samples[date] for date in dict.fromkeys(chosen)}
+        return [self._crop(images[date], view) for date, view in zip(chosen, self.views, strict=True)]
 
     @staticmethod
     def _crop(image: Tensor, view: View) -> Tensor:
@@ -274,7 +275,7 @@ def color_views(crops: list[Tensor], views: list[View], args: argparse.Namespace
     """Colour, blur, solarize and normalise on the crops' device; every sample has its own draws.
 
     Args:
-        crops: V tensors uint8 B x 3 x size x size.
+        crops: V tensors B x bands x size x size, as ViewDataset gives them.
         views: their V recipes.
         args: mean and std.
         generator: on the CPU.
@@ -293,7 +294,7 @@ def color_views(crops: list[Tensor], views: list[View], args: argparse.Namespace
     pairs = zip(crops, views, strict=True)
     for _, members in groupby(pairs, key=lambda pair: (pair[1].for_teacher, pair[1].size)):
         crops_of_group, views_of_group = zip(*members, strict=True)
-        x = common.to_float(torch.cat(crops_of_group))
+        x = common.to_float(torch.cat(crops_of_group), args.mean, args.std)
         p = per_sample(view.p_jitter for view in views_of_group)
         x = common.color_jitter(x, *common.draw_color_jitter(views_of_group[0].jitter, p, generator))
         p = per_sample(view.p_gray for view in views_of_group)
@@ -303,14 +304,14 @@ def color_views(crops: list[Tensor], views: list[View], args: argparse.Namespace
         x = common.gaussian_blur(x, common.bernoulli(p, generator), sigma)
         p = per_sample(view.p_solarize for view in views_of_group)
         x = common.solarize(x, common.bernoulli(p, generator))
-        groups.append(common.normalize(x, args.mean, args.std))
+        groups.append(common.normalize(x, args.mean, args.std, crops[0].dtype))
     return groups
 
 
-def draw_views(run: common.Run, groups: list[Tensor], B: int) -> None:
+def draw_views(run: common.Run, groups: list[Tensor], B: int, dtype: torch.dtype) -> None:
     """Writes views.png: a row for each of up to 8 images, all its views as the network sees them."""
     views = [view[:8] for group in groups for view in group.split(B)]  # V times 8 x 3 x s x s
-    run.draw("views.png", list(zip(*views, strict=True)))
+    run.draw("views.png", list(zip(*views, strict=True)), dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -454,28 +455,33 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def group_locations(paths: list[str], mode: str, one_date_per_location: bool,
-                    data_path: str) -> list[list[str]]:
-    """What a sample draws from: the images of a folder (tp, one_date_per_location), else a single image."""
-    if mode != "tp" and not one_date_per_location:
-        return [[path] for path in paths]
-    locations = [list(dates) for _, dates in groupby(sorted(paths, key=os.path.dirname), key=os.path.dirname)]
-    if len(locations) == 1:
-        common.fail(f"--data_path {data_path}: all images are in one folder; tp and "
+def group_locations(samples: Samples, args: argparse.Namespace) -> list[list[int]] | None:
+    """Numbers of the dates of each place: the images of a folder, window by window; None: no such mode."""
+    if args.mode != "tp" and not args.one_date_per_location:
+        return None
+    locations = {}
+    for index in range(len(samples)):
+        image, window, windows = samples.place(index)
+        # Windows of dates of different sizes would not show the same place.
+        locations.setdefault((os.path.dirname(samples.paths[image]), window, windows), []).append(index)
+    folders = {folder for folder, *_ in locations}
+    if len(folders) == 1:
+        common.fail(f"--data_path {args.data_path}: all images are in one folder; tp and "
                     "--one_date_per_location want the dates of each place in a folder of its own")
-    if max(map(len, locations)) == 1:
-        common.fail(f"--data_path {data_path}: every folder has one image; tp and "
+    if max(map(len, locations.values())) == 1:
+        common.fail(f"--data_path {args.data_path}: every folder has one image; tp and "
                     "--one_date_per_location want the dates of a place in a folder of its own")
-    return locations
+    return [locations[place] for place in sorted(locations)]
 
 
-def feature_width(backbone: nn.Module, arch: str, sizes: Sequence[int], multiple: int) -> int:
+def feature_width(backbone: nn.Module, arch: str, sizes: Sequence[int], multiple: int,
+                  in_chans: int = 3) -> int:
     """D, found by running the backbone once on each side; fails where it cannot take one."""
     backbone.eval()
     for size in dict.fromkeys(size // multiple * multiple for size in sizes):
         try:
             with torch.no_grad():
-                features = backbone(torch.zeros(1, 3, size, size))
+                features = backbone(torch.zeros(1, in_chans, size, size))
         except Exception as error:
             common.fail(f"--arch {arch}: cannot take crops of {size} px: {error}")
     backbone.train()
@@ -485,14 +491,14 @@ def feature_width(backbone: nn.Module, arch: str, sizes: Sequence[int], multiple
 def build_networks(args: argparse.Namespace) -> tuple[Network, Network, list[View]]:
     """Student, teacher and the views they take; the same initial weights in all processes, from --seed."""
     torch.manual_seed(args.seed)
-    backbone = common.build_backbone(args.arch, args.img_size, args.patch_size, args.drop_path)
+    build = partial(common.build_backbone, args.arch, args.img_size, args.patch_size, in_chans=args.in_chans)
+    backbone = build(drop_path=args.drop_path)
     multiple = common.patch_multiple(backbone)
     sizes = local_sizes(args.mode, args.img_size, args.local_crops_number, args.local_crops_size, multiple)
     views = make_views(args.mode, args.img_size, sizes, args.global_crops_scale, args.local_crops_scale)
-    D = feature_width(backbone, args.arch, [args.img_size, *sizes], multiple)
+    D = feature_width(backbone, args.arch, [args.img_size, *sizes], multiple, args.in_chans)
     head = DINOHead(D, args.out_dim, args.use_bn_in_head, args.norm_last_layer)
-    teacher_backbone = common.build_backbone(args.arch, args.img_size, args.patch_size)  # no drop path
-    teacher = Network(teacher_backbone, copy.deepcopy(head), multiple).requires_grad_(False)
+    teacher = Network(build(), copy.deepcopy(head), multiple).requires_grad_(False)  # without drop path
     return Network(backbone, head, multiple), teacher, views
 
 
@@ -504,18 +510,29 @@ def process_mean(x: Tensor, process: Process) -> Tensor:
     return x
 
 
-def teacher_temp_at(epoch: int, warmup: float, final: float, warmup_epochs: int) -> float:
-    """tau_t: linear from `warmup` to `final` over the warm-up epochs, then constant."""
-    return warmup + (final - warmup) * min(1.0, epoch / warmup_epochs) if warmup_epochs else final
+def warmed_up(start: float, end: float, i: int, warmup: int) -> float:
+    """Value i of `warmup` evenly spaced ones from `start` to `end`; `end` after them."""
+    return start + (end - start) * i / max(1, warmup - 1) if i < warmup else end
+
+
+def schedules(step: int, run: common.Run, args: argparse.Namespace) -> dict[str, float]:
+    """Learning rate, weight decay and the teacher's momentum by steps; its temperature by epochs."""
+    T, warmup_steps = run.total_steps, round(args.warmup_epochs * run.steps_per_epoch)
+    lr, epoch = args.lr * run.effective_batch / 256, step // run.steps_per_epoch
+    return {"lr": warmed_up(0.0, lr, step, warmup_steps) if step < warmup_steps else
+            common.cosine_schedule(lr, args.min_lr, step, T, warmup_steps),
+            "weight_decay": common.cosine_schedule(args.weight_decay, args.weight_decay_end, step, T),
+            "momentum": common.cosine_schedule(args.momentum_teacher, 1.0, step, T),
+            "teacher_temp": warmed_up(args.warmup_teacher_temp, args.teacher_temp, epoch,
+                                      args.warmup_teacher_temp_epochs)}
 
 
 def train(args: argparse.Namespace, process: Process) -> None:
     """Trains the student; writes checkpoints, the teacher's backbone, log and pictures to --output_dir."""
     # Data
-    paths = common.list_images(args.data_path, exclude=args.output_dir)
-    common.check_images(paths, args.img_size)
-    locations = group_locations(paths, args.mode, args.one_date_per_location, args.data_path)
-    run = common.Run(args, process, samples=len(locations), images=len(paths))
+    samples = common.load_samples(args, process, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    locations = group_locations(samples, args)
+    run = common.Run(args, process, samples=len(locations or samples), images=len(samples.paths))
 
     # Networks: resumed, or started, and then the teacher starts as the student
     student, teacher, views = build_networks(args)
@@ -533,19 +550,13 @@ def train(args: argparse.Namespace, process: Process) -> None:
         teacher.backbone.compile()
     ddp_student = common.distributed(student, process)
 
-    loader = run.loader(ViewDataset(locations, views, args.seed))
-    lr, warmup_steps = args.lr * run.effective_batch / 256, round(args.warmup_epochs * run.steps_per_epoch)
+    loader = run.loader(ViewDataset(samples, views, args.seed, locations))
     advice = ("Try a lower --teacher_temp or --lr, more --warmup_epochs or --warmup_teacher_temp_epochs, or "
               "--use_bn_in_head")
-    for step in run.steps(loader, init, {"kl": 0.02, "feature_std": 0.05}, advice, scaled_lr=lr,
-                          views=[view.size for view in views], chance_loss=math.log(args.out_dim)):
-        epoch = step // run.steps_per_epoch
-        now = {"lr": common.cosine_schedule(lr, args.min_lr, step, run.total_steps, warmup_steps),
-               "weight_decay": common.cosine_schedule(args.weight_decay, args.weight_decay_end, step,
-                                                      run.total_steps),
-               "momentum": common.cosine_schedule(args.momentum_teacher, 1.0, step, run.total_steps),
-               "teacher_temp": teacher_temp_at(epoch, args.warmup_teacher_temp, args.teacher_temp,
-                                               args.warmup_teacher_temp_epochs)}
+    header = {"scaled_lr": args.lr * run.effective_batch / 256, "views": [view.size for view in views],
+              "chance_loss": math.log(args.out_dim)}
+    for step in run.steps(loader, init, {"kl": 0.02, "feature_std": 0.05}, advice, **header):
+        now = schedules(step, run, args)
         common.set_lr(optimizer, now["lr"])
         optimizer.param_groups[0]["weight_decay"] = now["weight_decay"]  # the other group has none
         colour = common.generator(args.seed, "colour", step, process.rank)
@@ -558,7 +569,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
             torch.manual_seed(common.stream_seed(args.seed, "drop path", step, micro, process.rank))
             groups = color_views(crops, views, args, colour)
             if step == micro == 0:
-                draw_views(run, groups, B)
+                draw_views(run, groups, B, crops[0].dtype)
             with torch.no_grad(), run.autocast:
                 teacher_out = teacher(groups[:1])[0].view(T, B, -1)  # T x B x K, of the global views alone
             with common.accumulating(ddp_student, micro, args.accum_steps):
@@ -574,7 +585,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         grad_norm = common.grad_norm(optimizer, scaler)
         if args.clip_grad:
             clip_gradients(student.parameters(), args.clip_grad)
-        if epoch < args.freeze_last_layer:
+        if step // run.steps_per_epoch < args.freeze_last_layer:
             for parameter in student.head.last_layer.parameters():
                 parameter.grad = None
         common.optimizer_step(optimizer, scaler)

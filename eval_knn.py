@@ -25,7 +25,7 @@ near-copies of test images are then among the training images.
 
 Differs from the authors' code:
 - all k come from one top-k over chunks of test images, so memory stays bounded; any number of classes;
-- k above N is refused;
+- k above N is refused, or left out where it is a default;
 - the features are the backbone's own (DINO-MC's authors put a random projection behind ResNet, WRN and Swin).
 
 On screen a table; in OUTPUT_DIR/results.jsonl, and as the last lines printed, a JSON line for each weights.
@@ -35,6 +35,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ from torchvision.transforms.v2.functional import center_crop, resize
 from tqdm import tqdm
 
 import common
-from common import Process
+from common import Process, not_negative, number, positive
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -56,35 +57,37 @@ from common import Process
 
 def get_parser() -> argparse.ArgumentParser:
     """All flags, with DINO's defaults."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_no = argparse.BooleanOptionalAction
+    parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="class folders, or train/ and val/ (or test/) holding them")
-    add("--img_size", type=int, help="side of the centre crop; none: the weights' own, else 224")
-    add("--val_fraction", type=float, default=0.2, help="of each class, to test on; where there is no train/")
-    add("--split_seed", type=int, default=0, help="of that split")
-    add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
+    add("--img_size", type=positive(int), help="side of the centre crop; default: the weights' own, else 224")
+    add("--val_fraction", type=number(float, lambda share: 0 < share < 1, "above 0 and below 1"), default=0.2,
+        help="of each class, to test on; where there is no train/")
+    add("--split_seed", type=not_negative(int), default=0, help="of that split")
+    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
+        "most 16")
 
     add = parser.add_argument_group("model").add_argument
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
         "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
     add("--arch", help="timm name; for a bare state dict, and for random alone")
-    add("--patch_size", type=int, help="of a ViT; none: the weights' or the arch's own")
-    add("--checkpoint_key", help="network of a checkpoint to take, such as student; none: the one "
-        "that is exported")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
+    add("--checkpoint_key", help="network of a checkpoint to take, such as student; default: the one that "
+        "its run exports")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
-    add("--nb_knn", type=int, nargs="+", default=[10, 20, 100, 200], help="k; DINO-MC's authors: 5 10 15 20")
-    add("--temperature", type=float, default=0.07, help="tau; lower: the nearest count more")
+    add("--nb_knn", type=positive(int), nargs="+", help="k; DINO-MC's authors took 5 10 15 20; default: 10 "
+        "20 100 200, those up to N")
+    add("--temperature", type=positive(float), default=0.07, help="tau; lower: the nearest count more")
     add("--per_class", action=yes_no, default=False, help="add the accuracy of each class at the first k")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=".", help="where results.jsonl gets its lines")
-    add("--batch_size_per_gpu", type=int, default=64, help="images per forward pass")
-    add("--seed", type=int, default=0, help="of random weights")
+    add("--batch_size_per_gpu", type=positive(int), default=64, help="images per forward pass")
+    add("--seed", type=not_negative(int), default=0, help="of random weights")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs with it")
     return parser
@@ -95,21 +98,24 @@ def get_parser() -> argparse.ArgumentParser:
 # --------------------------------------------------------------------------------------------------
 
 
+NB_KNN = [10, 20, 100, 200]  # DINO's k's
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-def class_folders(root: Path) -> dict[str, list[str]]:
-    """Class name -> its images, by the folders in `root`."""
-    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and folder.name[0] != ".")
+def class_folders(root: Path, exclude: Path | None = None,
+                  bands: list[int | str] | None = None) -> dict[str, list[str]]:
+    """Class name -> its images, by the folders in `root`; without `exclude` and the output of runs."""
+    folders = sorted(folder for folder in root.iterdir() if common.is_data(folder, exclude))
     names = [folder.name for folder in folders]
     if names and {name.lower() for name in names} <= SPLIT_NAMES:
         common.fail(f"--data_path: {root} holds {', '.join(names)}, no classes; call them train and val")
     if len(folders) < 2:
         common.fail(f"--data_path: {root} has {len(folders)} class folders, two or more are needed")
-    return {folder.name: common.list_images(folder, suffixes=common.PIXEL_SUFFIXES) for folder in folders}
+    return {folder.name: common.list_images(folder, exclude, bands=bands) for folder in folders}
 
 
-def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[list, list, list[str], str]:
+def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Path | None = None,
+               bands: list[int | str] | None = None) -> tuple[list, list, list[str], str]:
     """Training and test images as (path, class number), the class names, and the split in words."""
     root = Path(data_path)
     if not root.is_dir():
@@ -118,12 +124,13 @@ def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[li
         name = next((name for name in ("val", "test") if (root / name).is_dir()), None)
         if name is None:
             common.fail(f"--data_path {root}: has train/ but neither val/ nor test/")
-        train, test, split = class_folders(root / "train"), class_folders(root / name), f"train/{name}"
+        train, test = (class_folders(root / part, exclude, bands) for part in ("train", name))
+        split = f"train/{name}"
         if unknown := sorted(set(test) - set(train)):
             common.fail(f"--data_path {root}: {name}/ has classes that train/ lacks: {', '.join(unknown)}")
     else:
         train, test, split = {}, {}, f"{val_fraction:g} of each class, split_seed {split_seed}"
-        for name, paths in class_folders(root).items():
+        for name, paths in class_folders(root, exclude, bands).items():
             generator = torch.Generator().manual_seed(common.stream_seed(split_seed, "split", name))
             order = torch.randperm(len(paths), generator=generator).tolist()
             count = max(1, round(val_fraction * len(paths)))
@@ -139,8 +146,9 @@ def load_split(data_path: str, val_fraction: float, split_seed: int) -> tuple[li
 class LabelledImages(torch.utils.data.Dataset):
     """Images, the shorter side resized to 256/224 of `img_size`, then cut to it at the centre."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int):
-        self.samples, self.img_size, self.in_chans = samples, img_size, in_chans
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int,
+                 bands: list[int | str] | None = None):
+        self.samples, self.img_size, self.in_chans, self.bands = samples, img_size, in_chans, bands
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -152,7 +160,7 @@ class LabelledImages(torch.utils.data.Dataset):
         """
         path, label = self.samples[index]
         try:
-            image = common.read_pixels(path, self.in_chans)
+            image = common.read_image(path, self.in_chans, self.bands)
         except common.UnreadableImageError as error:
             return torch.zeros(self.in_chans, self.img_size, self.img_size), -1, str(error)
         return common.to_float(self.crop(image)).contiguous(), label, ""
@@ -179,27 +187,81 @@ class ImageStats(nn.Module):
         return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
+BASELINES = ("random", "image_stats")
+
+
+@dataclass
+class Backbone:
+    """A network to evaluate and the images that it takes."""
+
+    model: nn.Module  # B x C x img_size x img_size -> B x D
+    img_size: int
+    mean: tuple[float, ...]  # C, of the channels
+    std: tuple[float, ...]
+    arch: str | None  # None: image statistics
+    report: str  # where its weights come from
+
+
+def prepare(args: argparse.Namespace, drop_path: float = 0) -> list[Backbone]:
+    """Builds and fills the backbone of each of --weights; a baseline takes after the first of the others."""
+    sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
+               if name not in BASELINES}
+    borrowed = {}, next((info for _, info in sources.values()), {})
+    return [_prepare(name, *sources.get(name, borrowed), args, drop_path) for name in args.weights]
+
+
+def _prepare(name: str, state: dict, info: dict, args: argparse.Namespace, drop_path: float) -> Backbone:
+    # `info` is what is known of arch, patch_size, img_size, mean and std of the weights `state`.
+    built_size = info.get("img_size", 224)  # a side, or height and width
+    img_size = args.img_size or min(to_2tuple(built_size))
+    mean, std = info.get("mean", common.IMAGENET_MEAN), info.get("std", common.IMAGENET_STD)
+    if name == "image_stats":
+        C = len(mean)
+        return Backbone(ImageStats(), img_size, (0.0,) * C, (1.0,) * C, None, "image_stats: mean and std")
+    arch = args.arch or info.get("arch")
+    if arch is None:
+        common.fail(f"--weights {name}: give its --arch")
+    if info.get("arch") not in (None, arch):
+        common.fail(f"--arch {arch}: {name} holds {info['arch']}")
+    torch.manual_seed(args.seed)
+    built_size = built_size if isinstance(built_size, tuple) else img_size  # its positions are of that grid
+    patch_size = args.patch_size or info.get("patch_size")
+    model = common.build_backbone(arch, built_size, patch_size, drop_path, len(mean), info.get("global_pool"))
+    report = f"{name}: initial weights of seed {args.seed}"
+    if state:
+        report = common.load_backbone(model, state, name, args.allow_partial)
+    if img_size % (multiple := common.patch_multiple(model)):
+        common.fail(f"--img_size {img_size}: no multiple of the patch, {multiple}")
+    return Backbone(model, img_size, mean, std, arch, f"{arch}: {report}")
+
+
+def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of N x D features over the images; 1 where all images have the same."""
+    spread = x.std(0)
+    return x.mean(0), torch.where(spread > 1e-6 * x.abs().amax(0), spread, 1)
+
+
 @torch.inference_mode()
-def extract_features(backbone: nn.Module, dataset: torch.utils.data.Dataset, mean: tuple, std: tuple,
-                     args: argparse.Namespace, process: Process,
-                     may_lose: float = 0.01) -> tuple[Tensor, Tensor]:
+def extract_features(backbone: Backbone, dataset: torch.utils.data.Dataset, args: argparse.Namespace,
+                     process: Process, may_lose: float = 0.01) -> tuple[Tensor, Tensor]:
     """Features N x D (float32, unnormalised) and labels N of all images, in their order, in every process.
 
-    Batches are dealt out to the processes whole, so each is the same whatever their number. Fails when more
-    than the share `may_lose` of the images are unreadable, or a feature is not finite.
+    The network goes to the device and into eval mode. Batches are dealt out to the processes whole, so each
+    is the same whatever their number. Fails when more than the share `may_lose` of the images are
+    unreadable, or a feature is not finite.
     """
     index = torch.arange(len(dataset)).split(args.batch_size_per_gpu)
     mine = [batch.tolist() for batch in index[process.rank :: process.world_size]]
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=mine, num_workers=common.worker_count(args.num_workers),
         pin_memory=process.device.type == "cuda")
-    autocast = common.autocast(args.amp, process.device)
+    model, autocast = backbone.model.to(process.device).eval(), common.autocast(args.amp, process.device)
     features, labels, unreadable = [], [], []
     quiet = not (process.is_main and sys.stderr.isatty())
     for images, label, message in tqdm(loader, "features", leave=False, disable=quiet):
-        x = common.normalize(images.to(process.device, non_blocking=True), mean, std)
+        x = common.normalize(images.to(process.device, non_blocking=True), backbone.mean, backbone.std)
         with autocast:
-            features.append(backbone(x).float().cpu())
+            features.append(model(x).float().cpu())
         labels.append(label)
         unreadable += filter(None, message)
     for message in unreadable:
@@ -259,72 +321,35 @@ def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int]
 # --------------------------------------------------------------------------------------------------
 
 
-BASELINES = ("random", "image_stats")
+def choose_ks(given: list[int] | None, N: int, images: str) -> list[int]:
+    """The k's `given`, which must not be above N, the number of `images`; else the usual ones up to N."""
+    if given is None:
+        return [k for k in NB_KNN if k <= N] or [N]
+    if max(given) > N:
+        common.fail(f"--nb_knn {' '.join(map(str, given))}: must be from 1 to the number of {images}, {N}")
+    return given
 
 
-def prepare(name: str, state: dict, info: dict, args: argparse.Namespace,
-            drop_path: float = 0) -> tuple[nn.Module, int, tuple, tuple, str | None, str]:
-    """Backbone, crop size, mean, std, arch and a report for one of --weights.
-
-    Args:
-        name: what the user gave.
-        state: state dict; empty for the baselines.
-        info: what is known of its arch, patch_size, img_size, mean, std; a baseline borrows it.
-        args: the flags.
-        drop_path: of the backbone, to train it.
-    """
-    built_size = info.get("img_size", 224)  # a side, or height and width
-    img_size = args.img_size or min(to_2tuple(built_size))
-    mean, std = info.get("mean", common.IMAGENET_MEAN), info.get("std", common.IMAGENET_STD)
-    if name == "image_stats":
-        C = len(mean)
-        return ImageStats(), img_size, (0.0,) * C, (1.0,) * C, None, "image_stats: mean and std"
-    arch = args.arch or info.get("arch")
-    if arch is None:
-        common.fail(f"--weights {name}: give its --arch")
-    if info.get("arch") not in (None, arch):
-        common.fail(f"--arch {arch}: {name} holds {info['arch']}")
-    torch.manual_seed(args.seed)
-    built_size = built_size if isinstance(built_size, tuple) else img_size  # its positions are of that grid
-    backbone = common.build_backbone(arch, built_size, args.patch_size or info.get("patch_size"), drop_path,
-                                     len(mean))
-    report = f"{name}: initial weights of seed {args.seed}"
-    if state:
-        report = common.load_backbone(backbone, state, name, args.allow_partial)
-    multiple = common.patch_multiple(backbone)
-    if img_size % multiple:
-        common.fail(f"--img_size {img_size}: no multiple of the patch, {multiple}")
-    return backbone, img_size, mean, std, arch, report
-
-
-def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of N x D features over the images; 1 where all images have the same."""
-    spread = x.std(0)
-    return x.mean(0), torch.where(spread > 1e-6 * x.abs().amax(0), spread, 1)
-
-
-def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train: list, test: list, C: int,
-             args: argparse.Namespace, process: Process) -> dict:
+def evaluate(backbone: Backbone, train: list, test: list, C: int, args: argparse.Namespace,
+             process: Process) -> dict:
     """Top-1 in percent for each k, and with --per_class that of each class at the first k."""
-    backbone = backbone.to(process.device).eval()
     (train_x, train_y), (test_x, test_y) = (
-        extract_features(backbone, LabelledImages(part, img_size, len(mean)), mean, std, args, process)
+        extract_features(backbone, LabelledImages(part, backbone.img_size, len(backbone.mean)), args, process)
         for part in (train, test))
-    if isinstance(backbone, ImageStats):
+    if isinstance(backbone.model, ImageStats):
         center, spread = center_and_spread(train_x)
         train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
-    if max(args.nb_knn) > len(train_x):  # some images were unreadable
-        common.fail(f"--nb_knn {max(args.nb_knn)}: only {len(train_x)} training images are readable")
+    ks = choose_ks(args.nb_knn, len(train_x), "training images that are readable")
     train_x, test_x = F.normalize(train_x, dim=1).to(process.device), F.normalize(test_x, dim=1)
     mine = slice(process.rank, None, process.world_size)  # this process's share of the test images
     mine_x, mine_y = test_x[mine].to(process.device), test_y[mine]
-    predicted = knn_predict(train_x, train_y.to(process.device), mine_x, args.nb_knn, args.temperature).cpu()
+    predicted = knn_predict(train_x, train_y.to(process.device), mine_x, ks, args.temperature).cpu()
     right = torch.stack([mine_y[row == mine_y].bincount(minlength=C) for row in predicted])  # len(ks) x C
     if process.world_size > 1:
         dist.all_reduce(right, group=process.cpu_group)
     of_class = torch.bincount(test_y, minlength=C)
     result = {"top1": {str(k): round(100 * count / len(test_y), 3)
-                       for k, count in zip(args.nb_knn, right.sum(1).tolist(), strict=True)}}
+                       for k, count in zip(ks, right.sum(1).tolist(), strict=True)}}
     if args.per_class:
         result["per_class"] = [round(100 * hits / images, 3) if images else None
                                for hits, images in zip(right[0].tolist(), of_class.tolist(), strict=True)]
@@ -332,45 +357,36 @@ def evaluate(backbone: nn.Module, img_size: int, mean: tuple, std: tuple, train:
 
 
 def main() -> None:
-    """Checks everything, then measures each of the weights."""
-    parser = get_parser()
-    parser.error = common.fail
-    args = parser.parse_args()
-    common.check_range(args, positive=["img_size", "patch_size", "temperature", "batch_size_per_gpu"],
-                       not_negative=["num_workers", "seed", "split_seed"])
-    if not 0 < args.val_fraction < 1:
-        common.fail(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
+    """Checks everything, then evaluates each of the weights."""
+    args = get_parser().parse_args()
     process = common.init_process(args.device)
     common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
     out = common.make_output_dir(args.output_dir, process)
     train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
     common.check_alike(process, training_images=len(train), test_images=len(test))
-    if not 1 <= min(args.nb_knn) <= max(args.nb_knn) <= len(train):
-        common.fail(f"--nb_knn {' '.join(map(str, args.nb_knn))}: must be from 1 to the number of "
-                    f"training images, {len(train)}")
-    sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
-               if name not in BASELINES}
-    borrowed = {}, next((info for _, info in sources.values()), {})
-    prepared = [prepare(name, *sources.get(name, borrowed), args) for name in args.weights]
+    ks = choose_ks(args.nb_knn, len(train), "training images")
+    if process.is_main and args.nb_knn is None and ks != NB_KNN:
+        left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
+        print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
+    backbones = prepare(args)
 
     lines, versions = [], common.versions()
-    for name, (backbone, img_size, mean, std, arch, report) in zip(args.weights, prepared, strict=True):
+    for name, backbone in zip(args.weights, backbones, strict=True):
         began = time.perf_counter()
         if process.is_main:
-            print(f"{arch}: {report}" if arch else report, flush=True)
-        result = evaluate(backbone, img_size, mean, std, train, test, len(classes), args, process)
-        lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
-                      "patch_size": args.patch_size, "data": args.data_path, "split": split,
-                      "img_size": img_size, "temperature": args.temperature, "amp": args.amp,
-                      "seed": args.seed, **result,
+            print(backbone.report, flush=True)
+        result = evaluate(backbone, train, test, len(classes), args, process)
+        lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key,
+                      "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
+                      "split": split, "img_size": backbone.img_size, "temperature": args.temperature,
+                      "amp": args.amp, "seed": args.seed, "loading": backbone.report, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])
     if process.is_main:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)), flush=True)
-    if process.world_size > 1:
-        dist.destroy_process_group()
+    process.leave()
 
 
 def append_result(out: Path, line: dict) -> None:

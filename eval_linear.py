@@ -41,7 +41,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -53,15 +53,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from timm.models import VisionTransformer
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2 import CutMix, MixUp, RandAugment, RandomChoice, RandomErasing
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process
+from common import Process, not_negative, number, positive, unit
 from eval_knn import (
-    BASELINES,
+    Backbone,
     ImageStats,
     LabelledImages,
     append_result,
@@ -72,12 +71,11 @@ from eval_knn import (
 )
 
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
-FREE_FLAGS = {"data_path", "num_workers", "batch_size_per_gpu", "accum_steps", "output_dir",
-              "device", "amp", "save_every", "save_minutes", "log_every", "per_class", "max_steps"}
+FREE_FLAGS = common.FREE_FLAGS - {"checkpoint_key", "allow_partial"} | {"per_class"}
 HELD_OUT = 0.2  # of the training images of each class, to choose the learning rate on
 FINETUNE_FLAGS = (
     "drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr warmup_epochs "
-    "weight_decay layer_decay save_every save_minutes log_every max_steps").split()
+    "weight_decay layer_decay compile save_every save_minutes log_every max_steps tensorboard").split()
 FROZEN_FLAGS = "protocol augment_passes n_last_blocks avgpool lrs schedule batch_size".split()
 EVALUATION_FLAGS = "finetune checkpoint_key epochs per_class val_fraction split_seed".split()
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
@@ -89,92 +87,86 @@ LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1
 
 def get_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    yes_no = argparse.BooleanOptionalAction
+    parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", help="class folders, or train/ and val/ (or test/) holding them")
     add("--predict", help="instead: classify this folder's images, with an --output_dir as --weights")
-    add("--img_size", type=int, help="side of the crop; none: the weights' own, else 224")
-    add("--val_fraction", type=float, default=0.2, help="of each class, to test on; where there is no train/")
-    add("--split_seed", type=int, default=0, help="of that split, and of the part that a rate is chosen on")
-    add("--num_workers", type=int, help="per process; none: its share of the cores, at most 16")
+    add("--img_size", type=positive(int), help="side of the crop; default: the weights' own, else 224")
+    add("--val_fraction", type=number(float, lambda share: 0 < share < 1, "above 0 and below 1"), default=0.2,
+        help="of each class, to test on; where there is no train/")
+    add("--split_seed", type=not_negative(int), default=0, help="of that split, and of the part that a rate "
+        "is chosen on")
+    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
+        "most 16")
 
     add = parser.add_argument_group("model").add_argument
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
         "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
     add("--arch", help="timm name; for a bare state dict, and for random alone")
-    add("--patch_size", type=int, help="of a ViT; none: the weights' or the arch's own")
-    add("--drop_path", type=float, default=0.0, help="of the backbone in --finetune")
-    add("--checkpoint_key", help="network of a checkpoint to take; none: the one that is exported")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
+    add("--drop_path", type=unit(float), default=0.0, help="of the backbone in --finetune")
+    add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
     add("--protocol", choices=["cached", "paper"], default="cached", help="features once, or of new random "
         "crops in each epoch, which takes --epochs times as long")
-    add("--augment_passes", type=int, default=0, help="K; features of random crops, computed once, in turn; "
-        "0: centre crops")
-    add("--n_last_blocks", type=int, help="class tokens of so many blocks of a ViT; none: 4")
+    add("--augment_passes", type=not_negative(int), default=0, help="K; features of random crops, computed "
+        "once, in turn; 0: centre crops")
+    add("--n_last_blocks", type=positive(int), help="class tokens of so many blocks of a ViT; default: 4")
     add("--avgpool", action=yes_no, default=False, help="add the mean patch token of a ViT; for MAE")
-    add("--mixup", type=float, default=0.0, help="alpha of mixup in --finetune; .8 in CMID and DSPT")
-    add("--cutmix", type=float, default=0.0, help="alpha of cutmix in --finetune; 1 in CMID and DSPT")
-    add("--smoothing", type=float, default=0.0, help="of labels in --finetune; .1 is usual")
-    add("--rand_augment", type=float, default=0.0, help="strength of RandAugment in --finetune, 10 at most")
-    add("--erase", type=float, default=0.0, help="probability of a random box of noise in --finetune; .25 in "
-        "CMID and DSPT")
+    for name, usual in (("mixup", ".8"), ("cutmix", "1")):
+        add(f"--{name}", type=not_negative(float), default=0.0, help=f"alpha of {name} in --finetune; "
+            f"{usual} in CMID and DSPT")
+    add("--smoothing", type=unit(float), default=0.0, help="of labels in --finetune; .1 is usual")
+    add("--rand_augment", type=number(float, lambda strength: 0 <= strength <= 10, "from 0 to 10"),
+        default=0.0, help="strength of RandAugment in --finetune; 9 in CMID")
+    add("--erase", type=unit(float), default=0.0, help="probability of a random box of noise in --finetune; "
+        ".25 in CMID and DSPT")
     add("--per_class", action=yes_no, default=False, help="print the accuracy of each class")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=int, default=100, help="over the training images")
-    add("--lrs", type=float, nargs="+", default=LRS, help="frozen: to choose from, at a batch of 256, scaled "
-        "linearly; one: no choice")
-    add("--schedule", type=int, nargs="+", help="frozen: epochs when it falls to a tenth; none: cosine")
-    add("--batch_size", type=int, default=256, help="frozen: images per step of a head")
-    add("--batch_size_per_gpu", type=int, default=64, help="images per process and pass through the backbone")
-    add("--accum_steps", type=int, default=1, help="--finetune: micro-batches per optimizer step")
+    add("--epochs", type=positive(int), default=100, help="over the training images")
+    add("--lrs", type=positive(float), nargs="+", default=LRS, help="frozen: to choose from, at a batch of "
+        "256, scaled linearly; one: no choice")
+    add("--schedule", type=positive(int), nargs="+", help="frozen: epochs when it falls to a tenth; default: "
+        "cosine")
+    add("--batch_size", type=positive(int), default=256, help="frozen: images per step of a head")
+    add("--batch_size_per_gpu", type=positive(int), default=64, help="images per process and pass through "
+        "the backbone")
+    add("--accum_steps", type=positive(int), default=1, help="--finetune: micro-batches per optimizer step")
     add("--optimizer", choices=["adamw", "adan", "sgd"], default="adamw", help="--finetune")
-    add("--lr", type=float, default=5e-4, help="--finetune: at an effective batch of 256, scaled linearly")
-    add("--min_lr", type=float, default=1e-6, help="--finetune: at the end of its cosine")
-    add("--warmup_epochs", type=float, default=5, help="--finetune: of the learning rate")
-    add("--weight_decay", type=float, default=0.05, help="--finetune: not on biases and norms")
-    add("--layer_decay", type=float, default=1.0, help="--finetune: factor of the rate from one layer to "
-        "that below; .65 for a ViT after MAE")
+    add("--lr", type=positive(float), default=5e-4, help="--finetune: at an effective batch of 256, scaled "
+        "linearly")
+    add("--min_lr", type=not_negative(float), default=1e-6, help="--finetune: at the end of its cosine")
+    add("--warmup_epochs", type=not_negative(float), help="--finetune: of the learning rate; default: 5, but "
+        "at most a tenth of --epochs")
+    add("--weight_decay", type=not_negative(float), default=0.05, help="--finetune: not on biases and norms")
+    add("--layer_decay", type=number(float, lambda factor: 0 < factor <= 1, "above 0, at most 1"),
+        default=1.0, help="--finetune: factor of the rate from one layer to that below; .65 for a ViT after "
+        "MAE")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", required=True, help="where all is written; a fine-tuning found there goes on")
-    add("--seed", type=int, default=0, help="of random weights, heads, order and crops")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs with it")
-    add("--save_every", type=int, default=1, help="--finetune: epochs between checkpoints")
-    add("--save_minutes", type=float, default=15, help="--finetune: and the longest time between them")
-    add("--log_every", type=int, default=20, help="--finetune: steps between lines of the log")
-    add("--max_steps", type=int, help="--finetune: stop after this many optimizer steps, without a result")
+    common.add_run_flags(parser, amp="off")
     return parser
 
 
 def changed_flags(args: argparse.Namespace) -> dict:
     """The flags that are not at their defaults."""
     parser = get_parser()
+    parser.set_defaults(warmup_epochs=common.default_warmup(None, 5, args.epochs))
     return {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses values out of range and pairs that contradict each other, before any work."""
-    positive = ("img_size patch_size n_last_blocks epochs batch_size batch_size_per_gpu accum_steps lr lrs "
-                "save_every log_every max_steps")
-    not_negative = ("num_workers augment_passes mixup cutmix rand_augment min_lr warmup_epochs weight_decay "
-                    "save_minutes seed split_seed")
-    common.check_range(args, positive.split(), not_negative.split(), ["drop_path", "smoothing", "erase"])
+    """Refuses flags that contradict each other, before any work; puts in what depends on others."""
+    args.warmup_epochs = common.default_warmup(args.warmup_epochs, 5, args.epochs)
     if (args.data_path is None) == (args.predict is None):
         common.fail("--data_path or --predict: give one of the two")
-    if not 0 < args.val_fraction < 1:
-        common.fail(f"--val_fraction {args.val_fraction}: must be between 0 and 1")
-    if not 0 < args.layer_decay <= 1:
-        common.fail(f"--layer_decay {args.layer_decay}: must be above 0, at most 1")
-    if args.schedule and not 0 < min(args.schedule) <= max(args.schedule) < args.epochs:
-        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be between 0 and --epochs "
+    if args.schedule and max(args.schedule) >= args.epochs:
+        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be less than --epochs "
                     f"{args.epochs}")
     if args.augment_passes and args.protocol == "paper":
         common.fail(f"--augment_passes {args.augment_passes}: --protocol paper has new crops in each epoch")
@@ -192,9 +184,7 @@ def check_args(args: argparse.Namespace) -> None:
         if name in changed:
             common.fail(f"--{name} {changed[name]}: {when}")
     if args.finetune and args.warmup_epochs >= args.epochs:
-        common.fail(f"--warmup_epochs {args.warmup_epochs}: must be less than --epochs {args.epochs}")
-    if args.rand_augment > 10:
-        common.fail(f"--rand_augment {args.rand_augment}: must be at most 10")
+        common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,8 +202,9 @@ def random_crop(image: Tensor, img_size: int) -> Tensor:
 class CropsOfPass(LabelledImages):
     """As LabelledImages, with random crops, drawn from (seed, number of the pass, index) alone."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int):
-        super().__init__(samples, img_size, in_chans)
+    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int,
+                 bands: list[int | str] | None = None):
+        super().__init__(samples, img_size, in_chans, bands)
         self.seed, self.number = seed, number
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
@@ -235,11 +226,13 @@ class FinetuneImages(torch.utils.data.Dataset):
         in_chans: channels.
         rand_augment: strength of RandAugment's two operations, from 0 (none) to 10.
         seed: of the run.
+        bands: see common.read_image.
     """
 
     def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, rand_augment: float,
-                 seed: int):
+                 seed: int, bands: list[int | str] | None = None):
         self.samples, self.img_size, self.in_chans, self.seed = samples, img_size, in_chans, seed
+        self.bands = bands
         self.augment = None
         if rand_augment:
             self.augment = RandAugment(2, round(100 * rand_augment), 1001, fill=[127.0] * in_chans)
@@ -252,12 +245,25 @@ class FinetuneImages(torch.utils.data.Dataset):
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
         path, label = self.samples[index]
-        crop = random_crop(common.read_pixels(path, self.in_chans), self.img_size)
+        crop = random_crop(common.read_image(path, self.in_chans, self.bands), self.img_size)
         if self.augment:
             if crop.dtype != torch.uint8:
                 raise common.UnreadableImageError(f"{path}: --rand_augment is for 8-bit pixels")
             crop = self.augment(crop)
         return crop.contiguous(), label
+
+
+def erase_and_mix(images: Tensor, targets: Tensor, C: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    """Boxes of noise in images B x in_chans x H x W, then mixup or cutmix of the batch, as args ask for.
+
+    Targets are B classes; those of mixed images come back as B x C shares.
+    """
+    if args.erase:
+        erase = RandomErasing(args.erase, value="random")
+        images = torch.stack([erase(image) for image in images])
+    kinds = ((MixUp, args.mixup), (CutMix, args.cutmix))
+    mixes = [kind(alpha=alpha, num_classes=C) for kind, alpha in kinds if alpha]
+    return RandomChoice(mixes)(images, targets) if mixes else (images, targets)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,21 +294,24 @@ class LastBlocks(nn.Module):
         return torch.cat(parts, -1)
 
 
-def with_features(backbone: nn.Module, name: str, n_last_blocks: int | None, avgpool: bool) -> nn.Module:
-    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is."""
-    if isinstance(backbone, VisionTransformer) and backbone.has_class_token:
-        n = n_last_blocks or min(4, len(backbone.blocks))
-        if n > len(backbone.blocks):
-            common.fail(f"--n_last_blocks {n}: {name} has {len(backbone.blocks)}")
-        return LastBlocks(backbone, n, avgpool)
-    if (n_last_blocks or avgpool) and not isinstance(backbone, ImageStats):
-        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token")
+def with_features(backbone: Backbone, name: str, n_last_blocks: int | None, avgpool: bool) -> Backbone:
+    """The backbone with the features to probe: LastBlocks of a ViT with a class token, else as it is.
+
+    A ViT with fc_norm has no norm for class tokens: it stays as it is, too.
+    """
+    vit = backbone.model
+    if isinstance(vit, VisionTransformer) and vit.has_class_token and isinstance(vit.fc_norm, nn.Identity):
+        n = n_last_blocks or min(4, len(vit.blocks))
+        if n > len(vit.blocks):
+            common.fail(f"--n_last_blocks {n}: {name} has {len(vit.blocks)}")
+        return replace(backbone, model=LastBlocks(vit, n, avgpool))
+    if (n_last_blocks or avgpool) and not isinstance(vit, ImageStats):
+        common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token, or has fc_norm")
     return backbone
 
 
 def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Tensor, C: int,
-                lrs: Sequence[float], epochs: int, batch_size: int, schedule: list[int] | None,
-                seed: int) -> tuple[Tensor, Tensor]:
+                lrs: Sequence[float], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Trains a linear head for each learning rate, all on the same batches; SGD, momentum .9, no decay.
 
     Args:
@@ -310,31 +319,29 @@ def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Ten
         labels: N classes.
         index: numbers of the images to train on.
         C: classes.
-        lrs: L learning rates, already scaled.
-        epochs: over these images.
-        batch_size: B.
-        schedule: epochs at which the rate falls to a tenth; None: cosine to 0.
-        seed: of the initial weights and of the order.
+        lrs: L learning rates, at a batch of 256.
+        args: epochs; batch_size; schedule, the epochs at which the rate falls to a tenth, or None for a
+            cosine to 0; seed, of the initial weights and of the order.
 
     Returns:
         weights L x C x D and biases L x C.
     """
     D, L = features_at(0).shape[1], len(lrs)
-    generator = torch.Generator().manual_seed(common.stream_seed(seed, "head"))
-    W = (0.01 * torch.randn(C, D, generator=generator)).to(labels.device).repeat(L, 1, 1)
+    initial = 0.01 * torch.randn(C, D, generator=common.generator(args.seed, "head"))
+    W = initial.to(labels.device).repeat(L, 1, 1)
     b = torch.zeros(L, C, device=labels.device)
-    lr = torch.tensor(lrs, device=labels.device)
+    lr = torch.tensor([lr * args.batch_size / 256 for lr in lrs], device=labels.device)
     heads, momenta = [W.requires_grad_(), b.requires_grad_()], [torch.zeros_like(W), torch.zeros_like(b)]
-    steps_per_epoch = math.ceil(len(index) / batch_size)
-    for epoch in range(epochs):
+    steps_per_epoch = math.ceil(len(index) / args.batch_size)
+    for epoch in range(args.epochs):
         x = features_at(epoch)
-        order = torch.Generator().manual_seed(common.stream_seed(seed, "head order", epoch))
-        shuffled = index[torch.randperm(len(index), generator=order).to(index.device)]
-        for i, batch in enumerate(shuffled.split(batch_size)):
-            if schedule is None:
-                now = common.cosine_schedule(1.0, 0.0, epoch * steps_per_epoch + i, epochs * steps_per_epoch)
+        order = torch.randperm(len(index), generator=common.generator(args.seed, "head order", epoch))
+        for i, batch in enumerate(index[order.to(index.device)].split(args.batch_size)):
+            if args.schedule is None:
+                step, steps = epoch * steps_per_epoch + i, args.epochs * steps_per_epoch
+                now = common.cosine_schedule(1.0, 0.0, step, steps)
             else:
-                now = 0.1 ** sum(epoch >= milestone for milestone in schedule)
+                now = 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
             logits = torch.einsum("bd,lcd->blc", x[batch], W) + b
             targets = labels[batch].unsqueeze(1).expand(-1, L)
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(batch)
@@ -351,9 +358,9 @@ def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique().tolist():
         members = (labels == label).nonzero().flatten()
-        generator = torch.Generator().manual_seed(common.stream_seed(seed, "held out", label))
+        order = torch.randperm(len(members), generator=common.generator(seed, "held out", label))
         count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
-        mask[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+        mask[members[order[:count]]] = True
     return mask
 
 
@@ -403,63 +410,77 @@ def save_confusion(path: Path, confusion: Tensor, classes: list[str]) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, mean: tuple, std: tuple,
-          args: argparse.Namespace, process: Process) -> tuple[dict, Tensor, tuple[Tensor, Tensor]]:
-    """Trains heads on frozen features.
+class TrainingFeatures:
+    """Features of the training images: of centre crops, and of the crops that heads learn from in each epoch.
+
+    Attributes:
+        x: N x D, of centre crops, on the device; image statistics are standardised.
+        labels: N, on the device.
+    """
+
+    def __init__(self, backbone: Backbone, samples: list, args: argparse.Namespace, process: Process):
+        self.backbone, self.samples, self.args, self.process = backbone, samples, args, process
+        # Passes over random crops; 0: heads learn from the centre crops.
+        self.K = args.epochs if args.protocol == "paper" else args.augment_passes
+        self.passes = {}
+        dataset = LabelledImages(samples, backbone.img_size, len(backbone.mean))
+        x, labels = extract_features(backbone, dataset, args, process)
+        self.center, self.spread = center_and_spread(x) if isinstance(backbone.model, ImageStats) else (0, 1)
+        self.x, self.labels = self.standardise(x), labels.clone().to(process.device)
+
+    def standardise(self, x: Tensor) -> Tensor:
+        """Features of any images, N x D, as heads take them; on the device."""
+        return ((x - self.center) / self.spread).to(self.process.device)
+
+    def at(self, epoch: int) -> Tensor:
+        """What heads learn from in an epoch, N x D."""
+        if self.K == 0:
+            return self.x
+        number = epoch % self.K
+        if number not in self.passes:
+            if self.args.protocol == "paper":
+                self.passes.clear()  # each serves one epoch
+            size, in_chans = self.backbone.img_size, len(self.backbone.mean)
+            crops = CropsOfPass(self.samples, size, in_chans, self.args.seed, number)
+            x, labels = extract_features(self.backbone, crops, self.args, self.process)
+            if not torch.equal(labels, self.labels.cpu()):
+                common.fail("other images are readable than before", code=1)
+            self.passes[number] = self.standardise(x)
+        return self.passes[number]
+
+
+def choose_lr(features: TrainingFeatures, C: int, args: argparse.Namespace) -> tuple[float, dict]:
+    """The rate of --lrs whose head is best on a part of the training images, and figures for the results."""
+    held = held_out(features.labels.cpu(), HELD_OUT, args.split_seed).to(features.labels.device)
+    if not held.any():
+        common.fail("--lrs: one image of each class is too few to choose among several; give one")
+    W, b = train_heads(features.at, features.labels, (~held).nonzero().flatten(), C, args.lrs, args)
+    predicted = (torch.einsum("nd,lcd->lnc", features.x[held], W) + b.unsqueeze(1)).argmax(-1)  # L x N
+    top1 = 100 * (predicted == features.labels[held]).cpu().double().mean(1)  # mps has no double
+    lr = args.lrs[int(top1.argmax())]
+    if features.process.is_main and lr in (min(args.lrs), max(args.lrs)):
+        print(f"warning: the best learning rate, {lr:g}, is at the end of --lrs", file=sys.stderr)
+    of_lr = {f"{lr:g}": round(value, 3) for lr, value in zip(args.lrs, top1.tolist(), strict=True)}
+    return lr, {"held_out_images": int(held.sum()), "held_out_top1": of_lr}
+
+
+def probe(backbone: Backbone, train: list, test: list, C: int, args: argparse.Namespace,
+          process: Process) -> tuple[dict, Tensor, tuple[Tensor, Tensor]]:
+    """Trains heads on frozen features, and looks at the test images once.
 
     Returns:
         results, confusion matrix of the test images, weight C x D and bias C of the head.
     """
-    backbone = backbone.to(process.device).eval()
-    extract = partial(extract_features, backbone, mean=mean, std=std, args=args, process=process)
-    x, labels = extract(LabelledImages(train, img_size, len(mean)))  # N x D, N
-    test_x, test_labels = extract(LabelledImages(test, img_size, len(mean)))
-    center, spread = center_and_spread(x) if isinstance(backbone, ImageStats) else (0.0, 1.0)
-
-    def on_device(x: Tensor) -> Tensor:
-        return ((x - center) / spread).to(process.device)
-
-    x, test_x, labels = on_device(x), on_device(test_x), labels.clone().to(process.device)
-    passes = {}
-    K = args.epochs if args.protocol == "paper" else args.augment_passes  # 0: centre crops
-
-    def features_at(epoch: int) -> Tensor:
-        if K == 0:
-            return x
-        number = epoch % K
-        if number not in passes:
-            if args.protocol == "paper":
-                passes.clear()  # each serves one epoch
-            crops = CropsOfPass(train, img_size, len(mean), args.seed, number)
-            features, labels_again = extract(crops)
-            if not torch.equal(labels_again, labels.cpu()):
-                common.fail("other images are readable than before", code=1)
-            passes[number] = on_device(features)
-        return passes[number]
-
-    def fit(index: Tensor, lrs: Sequence[float]) -> tuple[Tensor, Tensor]:
-        scaled = [lr * args.batch_size / 256 for lr in lrs]
-        return train_heads(features_at, labels, index, C, scaled, args.epochs, args.batch_size, args.schedule,
-                           args.seed)
-
-    everything, lr, choice = torch.arange(len(x), device=x.device), args.lrs[0], {}
-    if len(args.lrs) > 1:
-        held = held_out(labels.cpu(), HELD_OUT, args.split_seed).to(x.device)
-        if not held.any():
-            common.fail("--lrs: one image of each class is too few to choose among several; give one")
-        W, b = fit(everything[~held], args.lrs)
-        predicted = (torch.einsum("nd,lcd->lnc", x[held], W) + b.unsqueeze(1)).argmax(-1)  # L x N
-        top1 = 100 * (predicted == labels[held]).cpu().double().mean(1)  # mps has no double
-        lr = args.lrs[int(top1.argmax())]
-        choice = {"held_out_images": int(held.sum()), "held_out_top1": dict(zip(
-            map("{:g}".format, args.lrs), [round(value, 3) for value in top1.tolist()], strict=True))}
-        if process.is_main and lr in (min(args.lrs), max(args.lrs)):
-            print(f"warning: the best learning rate, {lr:g}, is at the end of --lrs", file=sys.stderr)
-    W, b = fit(everything, [lr])
+    features = TrainingFeatures(backbone, train, args, process)
+    dataset = LabelledImages(test, backbone.img_size, len(backbone.mean))
+    test_x, test_labels = extract_features(backbone, dataset, args, process)
+    lr, choice = choose_lr(features, C, args) if len(args.lrs) > 1 else (args.lrs[0], {})
+    everything = torch.arange(len(features.labels), device=process.device)
+    W, b = train_heads(features.at, features.labels, everything, C, [lr], args)
     if not W.isfinite().all():
         common.fail(f"--lrs {lr:g}: the head's weights are not finite; take a smaller one", code=1)
-    predicted = (test_x @ W[0].T + b[0]).argmax(1).cpu()
-    result = {"lr": lr, **choice, "train_images": len(x), "test_images": len(test_x)}
+    predicted = (features.standardise(test_x) @ W[0].T + b[0]).argmax(1).cpu()
+    result = {"lr": lr, **choice, "train_images": len(everything), "test_images": len(test_x)}
     return result, confusion_matrix(test_labels, predicted, C), (W[0].cpu(), b[0].cpu())
 
 
@@ -468,113 +489,84 @@ def probe(backbone: nn.Module, train: list, test: list, C: int, img_size: int, m
 # --------------------------------------------------------------------------------------------------
 
 
-def finetune(model: nn.Module, train: list, C: int, img_size: int, mean: tuple, std: tuple,
-             args: argparse.Namespace, process: Process, out: Path) -> bool:
+def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, process: Process) -> bool:
     """Trains backbone and head, a timm model of C classes, in place; True when all epochs are done."""
-    if args.rand_augment and len(mean) not in (1, 3):
-        common.fail(f"--rand_augment {args.rand_augment}: only for 1 and 3 channels, not {len(mean)}")
-    effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
-    steps_per_epoch = len(train) // effective_batch
-    if not steps_per_epoch:
-        common.fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
-                    f"{effective_batch}, is larger than the data, {len(train)}")
-    total_steps = args.epochs * steps_per_epoch
-    end_step = min(total_steps, args.max_steps or total_steps)
-    mixes = [kind(alpha=alpha, num_classes=C) for kind, alpha in ((MixUp, args.mixup), (CutMix, args.cutmix))
-             if alpha]
-    mix = RandomChoice(mixes) if mixes else None  # one of them for each micro-batch
-    erase = RandomErasing(args.erase, value="random")
-    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)  # of classes or of mixed ones
+    # Data
+    in_chans = len(backbone.mean)
+    if args.rand_augment and in_chans not in (1, 3):
+        common.fail(f"--rand_augment {args.rand_augment}: only for 1 and 3 channels, not {in_chans}")
+    run = common.Run(args, process, samples=len(train), images=len(train), free_flags=FREE_FLAGS)
 
-    identity = {"args": common.plain(args), "images": len(train), "effective_batch": effective_batch}
-    saved = common.resume_checkpoint(out / "checkpoint.pth", identity, FREE_FLAGS)
-    model.to(process.device).train()
+    # Network
+    init = f"resumed at step {run.start_step}" if run.saved else backbone.report
+    model = common.to_device(backbone.model, process.device).train()
     if process.world_size > 1 and process.device.type == "cuda":
         model = timm.layers.convert_sync_batchnorm(model)
-    optimizer = timm.optim.create_optimizer_v2(
+    optimizer, scaler = timm.optim.create_optimizer_v2(
         model, opt="momentum" if args.optimizer == "sgd" else args.optimizer, lr=args.lr, momentum=0.9,
-        weight_decay=args.weight_decay, layer_decay=args.layer_decay)
-    scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
-    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    start_step = saved["step"] if saved else 0
-    common.check_alike(process, start_step=start_step)
-    end_step = max(start_step, end_step)
-    for name, part in stateful.items():
-        if saved and saved[name]:
-            part.load_state_dict(saved[name])
-    del saved
-    network = model
-    if process.world_size > 1:
-        device_ids = [process.device.index] if process.device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=device_ids)
-    dataset = FinetuneImages(train, img_size, len(mean), args.rand_augment, args.seed)
-    sampler = common.StepSampler(len(dataset), args.batch_size_per_gpu, args.accum_steps, process, args.seed,
-                                 start_step, end_step)
-    batches = iter(common.build_loader(dataset, sampler, args.num_workers, process.device))
-    autocast = common.autocast(args.amp, process.device)
-    base_lr, warmup_steps = args.lr * effective_batch / 256, round(args.warmup_epochs * steps_per_epoch)
-    header = {"argv": sys.argv, "versions": common.versions(), "device": common.device_name(process.device),
-              "processes": process.world_size, "images": len(train), "effective_batch": effective_batch,
-              "scaled_lr": base_lr, "steps_per_epoch": steps_per_epoch, "steps": total_steps,
-              "from_step": start_step, "to_step": end_step}
-    if process.is_main:
-        derived = {name: value for name, value in header.items() if name not in ("argv", "versions")}
-        print("  ".join(f"{name} {value}" for name, value in derived.items()))
-    log = common.RunLog(out, process, end_step, start_step, header)
-    meter, stop, done = common.Meter(process, len(train)), common.StopSignal(), start_step
-    saved_at = time.monotonic()
+        weight_decay=args.weight_decay, layer_decay=args.layer_decay), run.scaler
+    run.restore(None, model=model, optimizer=optimizer)
+    if args.compile:
+        model.compile()
+    network = common.distributed(model, process)
 
-    for step in range(start_step, end_step):
-        lr = common.cosine_schedule(base_lr, args.min_lr, step, total_steps, warmup_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)  # of the layer
-        losses = []
+    loader = run.loader(FinetuneImages(train, backbone.img_size, in_chans, args.rand_augment, args.seed))
+    base_lr = args.lr * run.effective_batch / 256
+    warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
+    for step in run.steps(loader, init, scaled_lr=base_lr):
+        lr = common.cosine_schedule(base_lr, args.min_lr, step, run.total_steps, warmup_steps)
+        common.set_lr(optimizer, lr)  # of the head; that of the layers below by --layer_decay
+        terms = []
+
         for micro in range(args.accum_steps):
-            images, targets = (x.to(process.device, non_blocking=True) for x in meter.fetch(batches))
-            images = common.normalize(common.to_float(images), mean, std)
-            # The draws of mixing, erasing and drop path.
+            images, targets = run.fetch()  # B x in_chans x H x W, B
+            images = common.normalize(common.to_float(images), backbone.mean, backbone.std)
+            # The draws of erasing, mixing and drop path.
             torch.manual_seed(common.stream_seed(args.seed, "mix", step, micro, process.rank))
-            if args.erase:
-                images = torch.stack([erase(image) for image in images])
-            if mix:
-                images, targets = mix(images, targets)
-            waits = micro < args.accum_steps - 1 and network is not model
-            with network.no_sync() if waits else nullcontext():
-                with autocast:
-                    logits = network(images)
-                loss = criterion(logits.float(), targets)
+            images, targets = erase_and_mix(images, targets, C, args)
+            with common.accumulating(network, micro, args.accum_steps):
+                with run.autocast:
+                    logits = network(images)  # B x C
+                loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accum_steps).backward()
-            losses.append(loss.detach())
-        scaler.unscale_(optimizer)
-        grad_norm = common.grad_norm(model, scaler)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        meter.end_step({"loss": torch.stack(losses).mean(), "grad_norm": grad_norm})
+            terms.append({"loss": loss.detach()})
 
-        done = step + 1
-        overdue = time.monotonic() - saved_at > 60 * args.save_minutes
-        stopping, overdue = common.agree(process, stop.seen, overdue)
-        epochs, rest = divmod(done, steps_per_epoch)
-        saving = stopping or overdue or done == end_step or (rest == 0 and epochs % args.save_every == 0)
-        if saving or done % args.log_every == 0:
-            log.write(done, {"epoch": epochs, **meter.summary(done, effective_batch), "lr": lr})
-        if saving:
-            if process.is_main:
-                state = {name: part.state_dict() for name, part in stateful.items()}
-                state |= {**identity, "step": done, "epoch": epochs, "versions": header["versions"]}
-                common.write_atomically(out / "checkpoint.pth", partial(torch.save, state))
-            saved_at = time.monotonic()
-            meter.restart()
-        log.advance()
-        if stopping:
-            break
-    del batches  # ends the workers
-    log.close()
+        grad_norm = common.grad_norm(optimizer, scaler)
+        common.optimizer_step(optimizer, scaler)
+        run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
+
     if process.world_size > 1:  # BatchNorm's statistics: those of the main process, as in its files
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
-    return done >= total_steps
+    finished = run.stop_step == run.total_steps
+    if process.is_main and not finished:
+        print(f"stopped before the end; the same command resumes (raise --max_steps): {run.out}")
+    return finished and not run.stopped
+
+
+def run_finetune(backbone: Backbone, train: list, test: list, C: int, args: argparse.Namespace,
+                 process: Process) -> tuple[dict, Tensor, tuple[Tensor, Tensor]] | None:
+    """Gives the backbone a head, trains both, looks at the test images once, takes the head off again.
+
+    Returns:
+        results, confusion matrix, weight and bias of the head; None when it was stopped before the end.
+    """
+    model = backbone.model
+    torch.manual_seed(args.seed)
+    model.reset_classifier(C)
+    head = model.get_classifier()
+    if not isinstance(head, nn.Linear):
+        common.fail(f"--finetune: timm gives {type(model).__name__} no linear head")
+    nn.init.normal_(head.weight, std=0.01)
+    nn.init.zeros_(head.bias)
+    if not finetune(backbone, train, C, args, process):
+        return None
+    dataset = LabelledImages(test, backbone.img_size, len(backbone.mean))
+    logits, labels = extract_features(backbone, dataset, args, process)
+    result = {"lr": args.lr, "train_images": len(train), "test_images": len(labels)}
+    weights = head.weight.detach().cpu(), head.bias.detach().cpu()
+    model.cpu().reset_classifier(0)
+    return result, confusion_matrix(labels, logits.argmax(1), C), weights
 
 
 # --------------------------------------------------------------------------------------------------
@@ -591,18 +583,18 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
         head = common.load_checkpoint(source / "head.pth")
     except ValueError as error:
         common.fail(f"--weights {source}: head.pth: {error}")
-    state, info = common.read_weights(str(source))
     args.img_size = args.img_size or head.get("img_size")  # older heads have none
-    backbone, img_size, mean, std, _, report = prepare(str(source), state, info, args)
+    args.weights = [str(source / "backbone")]  # as it lies beside the head
+    (backbone,) = prepare(args)
     if head["n_last_blocks"]:
-        backbone = LastBlocks(backbone, head["n_last_blocks"], head["avgpool"])
+        backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
     paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
     common.check_alike(process, images=len(paths))
     if process.is_main:
-        print(report)
-    dataset = LabelledImages([(path, i) for i, path in enumerate(paths)], img_size, len(mean))
-    x, index = extract_features(backbone.to(process.device).eval(), dataset, mean, std, args, process,
-                                may_lose=1.0)
+        print(backbone.report)
+    samples = [(path, i) for i, path in enumerate(paths)]
+    dataset = LabelledImages(samples, backbone.img_size, len(backbone.mean))
+    x, index = extract_features(backbone, dataset, args, process, may_lose=1.0)
     probability, label = (x @ head["weight"].T + head["bias"]).softmax(1).max(1)
     if process.is_main:
         text = io.StringIO()
@@ -639,78 +631,62 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
     print()
 
 
-def run_finetune(backbone: nn.Module, train: list, test: list, C: int, img_size: int, mean: tuple, std: tuple,
-                 args: argparse.Namespace, process: Process,
-                 out: Path) -> tuple[dict, Tensor, tuple[Tensor, Tensor]] | None:
-    """Gives the backbone a head, trains both, looks at the test images once, takes the head off again.
+def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple[Tensor, Tensor],
+              classes: list[str]) -> None:
+    """Writes what --predict reads: backbone/, and head.pth with weight C x D and bias C.
 
-    Returns:
-        results, confusion matrix, weight and bias of the head; None when it was stopped before the end.
+    `features` is the model whose features the head takes: the backbone's own, or LastBlocks of it.
     """
-    torch.manual_seed(args.seed)
-    backbone.reset_classifier(C)
-    head = backbone.get_classifier()
-    if not isinstance(head, nn.Linear):
-        common.fail(f"--finetune: timm gives {type(backbone).__name__} no linear head")
-    nn.init.normal_(head.weight, std=0.01)
-    nn.init.zeros_(head.bias)
-    if not finetune(backbone, train, C, img_size, mean, std, args, process, out):
-        return None
-    dataset = LabelledImages(test, img_size, len(mean))
-    logits, labels = extract_features(backbone.eval(), dataset, mean, std, args, process)
-    result = {"lr": args.lr, "train_images": len(train), "test_images": len(labels)}
-    weights = head.weight.detach().cpu(), head.bias.detach().cpu()
-    backbone.cpu().reset_classifier(0)
-    return result, confusion_matrix(labels, logits.argmax(1), C), weights
+    head = {"weight": weights[0], "bias": weights[1], "classes": classes, "img_size": backbone.img_size,
+            "n_last_blocks": getattr(features, "n_last_blocks", 0),
+            "avgpool": getattr(features, "avgpool", False)}
+    size = backbone.model.built_for  # of a ViT: that of its positions
+    common.export_backbone(backbone.model, out / "backbone", size, backbone.mean, backbone.std)
+    common.write_atomically(out / "head.pth", partial(torch.save, head))
 
 
 def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     """Probes or fine-tunes each of --weights, and writes the results."""
     train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
-    sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
-               if name not in BASELINES}
     common.check_alike(process, training_images=len(train), test_images=len(test))
-    borrowed = {}, next((info for _, info in sources.values()), {})
-    prepared = [prepare(name, *sources.get(name, borrowed), args, args.drop_path) for name in args.weights]
+    backbones = prepare(args, args.drop_path)
 
     lines, versions, task = [], common.versions(), "finetune" if args.finetune else f"linear, {args.protocol}"
-    free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps"}  # which may change figures a little
+    # Of the free flags these may change figures a little.
+    free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps", "compile"}
     free |= {"weights", "checkpoint_key", "arch", "img_size", "split_seed", "seed", "finetune"}
     settings = {name: value for name, value in changed_flags(args).items() if name not in free}
     kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
+    trained = backbones
     if args.finetune:  # what a checkpoint has to say of its network
-        vars(args).update(zip(("img_size", "mean", "std", "arch"), prepared[0][1:5], strict=True))
+        (backbone,) = backbones
+        args.img_size, args.mean = backbone.img_size, backbone.mean
+        args.std, args.arch = backbone.std, backbone.arch
     elif (out / "checkpoint.pth").is_file():
         common.fail(f"--output_dir {out}: holds a training run, whose backbone would be replaced")
-    models = [backbone if args.finetune else with_features(backbone, name, args.n_last_blocks, args.avgpool)
-              for name, (backbone, *_) in zip(args.weights, prepared, strict=True)]
-    for name, model, (backbone, img_size, mean, std, arch, report) in zip(args.weights, models, prepared,
-                                                                         strict=True):
+    else:
+        trained = [with_features(backbone, name, args.n_last_blocks, args.avgpool)
+                   for name, backbone in zip(args.weights, backbones, strict=True)]
+    for name, backbone, model in zip(args.weights, backbones, trained, strict=True):
         began = time.perf_counter()
-        if process.is_main:
-            print(f"{arch}: {report}" if arch else report, flush=True)
-        judge = partial(run_finetune, out=out) if args.finetune else probe
-        done = judge(model, train, test, len(classes), img_size, mean, std, args=args, process=process)
+        if process.is_main and not args.finetune:  # which prints it, or where it resumes
+            print(backbone.report, flush=True)
+        measure = run_finetune if args.finetune else probe
+        done = measure(model, train, test, len(classes), args, process)
         if done is None:
-            if process.is_main:
-                print(f"stopped before the end; the same command goes on (raise --max_steps): {out}")
             return
-        result, confusion, (weight, bias) = done
+        result, confusion, head = done
         figures = metrics(confusion)
         if args.per_class:
             share = 100 * confusion.diag() / confusion.sum(1)
             figures["per_class"] = [None if math.isnan(x) else round(x, 3) for x in share.tolist()]
         if process.is_main and name == kept:
             save_confusion(out / "confusion.png", confusion, classes)
-            head = {"weight": weight, "bias": bias, "classes": classes, "img_size": img_size,
-                    "n_last_blocks": getattr(model, "n_last_blocks", 0),
-                    "avgpool": getattr(model, "avgpool", False)}
-            built_size = backbone.model_args.get("img_size", img_size)  # of a ViT: that of its positions
-            common.export_backbone(backbone, out / "backbone", built_size, mean, std)
-            common.write_atomically(out / "head.pth", partial(torch.save, head))
-        lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key, "arch": arch,
-                      "data": args.data_path, "split": split, "img_size": img_size, "seed": args.seed,
-                      "settings": settings, **result, **figures,
+            save_head(out, backbone, model.model, head, classes)
+        lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key,
+                      "arch": backbone.arch, "data": args.data_path, "split": split,
+                      "img_size": backbone.img_size, "seed": args.seed, "settings": settings,
+                      "loading": backbone.report, **result, **figures,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])
@@ -720,10 +696,8 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
 
 
 def main() -> None:
-    """Checks everything, then probes or fine-tunes, or predicts."""
-    parser = get_parser()
-    parser.error = common.fail
-    args = parser.parse_args()
+    """Parses and checks the flags, joins the processes; then probes or fine-tunes, or predicts."""
+    args = get_parser().parse_args()
     check_args(args)
     process = common.init_process(args.device)
     common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
@@ -732,8 +706,7 @@ def main() -> None:
         predict(args, process, out)
     else:
         evaluate(args, process, out)
-    if process.world_size > 1:
-        dist.destroy_process_group()
+    process.leave()
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
-from common import Process, finite, not_negative, positive, unit
+from common import Process, Samples, not_negative, positive, unit
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -74,10 +74,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of images, at any depth")
     add("--img_size", type=positive(int), default=224, help="side of both views")
-    add("--mean", type=finite(float), nargs=3, default=common.IMAGENET_MEAN, help="of RGB in [0, 1]")
-    add("--std", type=positive(float), nargs=3, default=common.IMAGENET_STD, help="of RGB in [0, 1]")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    common.add_pixel_flags(add)
 
     add = parser.add_argument_group("model").add_argument
     add("--arch", default="resnet50", help="a timm model that gives four stages, such as resnet18, "
@@ -86,7 +83,8 @@ def get_parser() -> argparse.ArgumentParser:
         "pretrained weights by name")
     add("--checkpoint_key", help="network of a checkpoint that --init takes; default: the one that its run "
         "exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept an --init that fills under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept an --init that leaves tensors at their "
+        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--mhcl", action=yes_no, default=True, help="four scales and hard features; without: MoCo v2")
@@ -146,25 +144,25 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 class PairDataset(torch.utils.data.Dataset):
-    """Geometry of two views of an image, in uint8, drawn from (seed, epoch, index) alone.
+    """Geometry of two views of an image, drawn from (seed, epoch, index) alone.
 
     Args:
-        paths: the images.
+        samples: the images.
         img_size: side of the views.
         seed: of the run.
     """
 
-    def __init__(self, paths: list[str], img_size: int, seed: int):
-        self.paths, self.img_size, self.seed = paths, img_size, seed
+    def __init__(self, samples: Samples, img_size: int, seed: int):
+        self.samples, self.img_size, self.seed = samples, img_size, seed
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
-        """Returns the query's and the key's view, uint8 3 x img_size x img_size."""
+        """Returns the query's and the key's view, C x img_size x img_size of the files' dtype."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
-        image = common.read_image(self.paths[index])
+        image = self.samples[index]
         return [self._crop(image), self._crop(image)]
 
     def _crop(self, image: Tensor) -> Tensor:
@@ -177,11 +175,11 @@ def color_views(crops: Tensor, args: argparse.Namespace, generator: torch.Genera
     """Colour, blur and normalise on the crops' device; every sample has its own draws.
 
     Args:
-        crops: uint8 N x 3 x H x W.
+        crops: N x bands x H x W, as PairDataset gives them.
         args: aug_plus chooses MoCo v2's changes (jitter, grey, blur) or v1's (grey, jitter); mean, std.
         generator: on the CPU.
     """
-    x, N = common.to_float(crops), len(crops)
+    x, N = common.to_float(crops, args.mean, args.std), len(crops)
     gray = common.bernoulli(torch.full((N,), 0.2), generator)
     if args.aug_plus:
         jitter = common.draw_color_jitter((0.4, 0.4, 0.4, 0.1), torch.full((N,), 0.8), generator)
@@ -192,14 +190,14 @@ def color_views(crops: Tensor, args: argparse.Namespace, generator: torch.Genera
     else:
         jitter = common.draw_color_jitter((0.4, 0.4, 0.4, 0.4), torch.ones(N), generator)
         x = common.color_jitter(common.grayscale(x, gray), *jitter)
-    return common.normalize(x, args.mean, args.std)
+    return common.normalize(x, args.mean, args.std, crops.dtype)
 
 
 def draw_views(run: common.Run, crops_q: Tensor, crops_k: Tensor) -> None:
     """Writes views.png: a row for each of up to 8 images, its two views, with colours of their own draws."""
     generator = torch.Generator().manual_seed(run.args.seed)
     views = [color_views(crops[:8], run.args, generator) for crops in (crops_q, crops_k)]
-    run.draw("views.png", list(zip(*views, strict=True)))
+    run.draw("views.png", list(zip(*views, strict=True)), crops_q.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -424,18 +422,19 @@ def log_figures(q: Tensor, k: Tensor, features: Tensor, parts: tuple[Tensor, ...
 # --------------------------------------------------------------------------------------------------
 
 
-def stage_widths(backbone: nn.Module, arch: str, img_size: int, S: int) -> list[int]:
+def stage_widths(backbone: nn.Module, args: argparse.Namespace, S: int) -> list[int]:
     """Channels of the last S stages, found by running the backbone; fails where it does not have them."""
     reductions = [stage["reduction"] for stage in getattr(backbone, "feature_info", ())][-S:]
     if S > 1 and (len(set(reductions)) < S or not hasattr(backbone, "forward_intermediates")):
-        common.fail(f"--arch {arch}: timm gives no four stages of it to contrast, as it does of ResNet, "
+        common.fail(f"--arch {args.arch}: timm gives no four stages of it to contrast, as it does of ResNet, "
                     "ResNeXt, WRN, Swin and ConvNeXt; --no-mhcl takes any")
     backbone.eval()
     try:
         with torch.no_grad():
-            widths = [x.shape[1] for x in pooled_stages(backbone, torch.zeros(1, 3, img_size, img_size), S)]
+            images = torch.zeros(1, args.in_chans, args.img_size, args.img_size)
+            widths = [x.shape[1] for x in pooled_stages(backbone, images, S)]
     except Exception as error:
-        common.fail(f"--arch {arch}: gives no features of {S} stages for {img_size} px: {error}")
+        common.fail(f"--arch {args.arch}: gives no features of {S} stages for {args.img_size} px: {error}")
     backbone.train()
     return widths
 
@@ -443,11 +442,11 @@ def stage_widths(backbone: nn.Module, arch: str, img_size: int, S: int) -> list[
 def build_encoders(args: argparse.Namespace) -> tuple[Encoder, Encoder]:
     """Query and key encoder; the same initial weights in all processes, from --seed."""
     torch.manual_seed(args.seed)
-    backbone = common.build_backbone(args.arch, args.img_size)
+    backbone = common.build_backbone(args.arch, args.img_size, in_chans=args.in_chans)
     multiple = common.patch_multiple(backbone)
     if args.img_size % multiple:
         common.fail(f"--img_size {args.img_size}: must be a multiple of the patch, {multiple}")
-    channels = stage_widths(backbone, args.arch, args.img_size, S=4 if args.mhcl else 1)
+    channels = stage_widths(backbone, args, S=4 if args.mhcl else 1)
     encoder_q = Encoder(backbone, channels, args.moco_dim, args.mlp)
     return encoder_q, copy.deepcopy(encoder_q).requires_grad_(False)
 
@@ -479,15 +478,14 @@ def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float
 def train(args: argparse.Namespace, process: Process) -> None:
     """Trains the query encoder; writes checkpoints, backbone, log and pictures to --output_dir."""
     # Data
-    paths = common.list_images(args.data_path, exclude=args.output_dir)
-    common.check_images(paths, args.img_size)
-    run = common.Run(args, process, samples=len(paths), images=len(paths),
+    samples = common.load_samples(args, process, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    run = common.Run(args, process, samples=len(samples), images=len(samples.paths),
                      free_flags=common.FREE_FLAGS | {"bn_groups"})
     if args.moco_k < run.effective_batch:
         common.fail(f"--moco_k {args.moco_k}: must be at least the effective batch, {run.effective_batch}")
-    if args.moco_k > len(paths) / 2 and process.is_main:
-        print(f"warning: --moco_k {args.moco_k}: more than half of the {len(paths)} images; the queue often "
-              "holds an older key of the query's own image, as a negative", file=sys.stderr)
+    if args.moco_k > len(samples) / 2 and process.is_main:
+        print(f"warning: --moco_k {args.moco_k}: more than half of the {len(samples)} images; the queue "
+              "often holds an older key of the query's own image, as a negative", file=sys.stderr)
 
     # Networks: resumed, or started, and then the key encoder starts as the query encoder
     encoder_q, encoder_k = build_encoders(args)
@@ -506,10 +504,10 @@ def train(args: argparse.Namespace, process: Process) -> None:
         encoder_k.compile()
     ddp_q = common.distributed(encoder_q, process)
 
-    loader = run.loader(PairDataset(paths, args.img_size, args.seed))
+    loader = run.loader(PairDataset(samples, args.img_size, args.seed))
     advice = "Try a lower --lr, more --warmup_epochs, or a larger --moco_m"
     header = {"bn_groups": bn_groups, "scaled_lr": args.lr * run.effective_batch / 256,
-              "queue_epochs": args.moco_k / len(paths), "chance_cross_entropy": math.log(args.moco_k + 1)}
+              "queue_epochs": args.moco_k / len(samples), "chance_cross_entropy": math.log(args.moco_k + 1)}
     for step in run.steps(loader, init, {"feature_std": 0.05}, advice, **header):
         lr = learning_rate(step, run, args)
         common.set_lr(optimizer, lr)

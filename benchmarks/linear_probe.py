@@ -56,6 +56,12 @@ def plain_head(features_of: Callable[[Tensor], Tensor], labels: Tensor, D: int, 
     return head
 
 
+def heads(features: Tensor, labels: Tensor, lrs: list[float], epochs: int) -> tuple[Tensor, Tensor]:
+    """All heads at once, as eval_linear.py trains them."""
+    args = argparse.Namespace(epochs=epochs, batch_size=B, schedule=None, seed=SEED)
+    return train_heads(lambda _: features, labels, torch.arange(len(labels)), C, lrs, args)
+
+
 def main() -> None:
     """Both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -65,32 +71,31 @@ def main() -> None:
     torch.manual_seed(SEED)
     lrs = [10 ** (-2 + i / 10) for i in range(20)]
 
-    x, labels = torch.randn(8000, 512), torch.randint(C, (8000,))
-    everything, epochs = torch.arange(8000), 5
+    x, labels, epochs = torch.randn(8000, 512), torch.randint(C, (8000,)), 5
 
     def heads_at_once() -> tuple[Tensor, Tensor]:
-        return train_heads(lambda _: x, labels, everything, C, lrs, epochs, B, None, SEED)
+        return heads(x, labels, lrs, epochs)
 
     def one_by_one() -> tuple[Tensor, Tensor]:
-        heads = [plain_head(lambda batch: x[batch], labels, 512, lr, epochs) for lr in lrs]
-        return tuple(torch.stack([getattr(head, part).data for head in heads]) for part in ("weight", "bias"))
+        single = [plain_head(lambda batch: x[batch], labels, 512, lr, epochs) for lr in lrs]
+        return tuple(torch.stack([getattr(head, part).data for head in single])
+                     for part in ("weight", "bias"))
 
     began = time.perf_counter()
-    train_heads(lambda _: x, labels, everything, C, lrs, 100, B, None, SEED)
+    heads(x, labels, lrs, 100)
     print(f"20 heads, 100 epochs of 8,000 features of 512: {time.perf_counter() - began:.1f} s", flush=True)
     compare("20 heads, 5 epochs, at once against one by one", heads_at_once, one_by_one, rounds)
 
     backbone = timm.create_model("resnet18", num_classes=0).eval()
     images = torch.rand(192, 3, 64, 64)
-    few, everything = labels[:192], torch.arange(192)
+    few = labels[:192]
 
     def features() -> Tensor:
         with torch.no_grad():
             return torch.cat([backbone(batch) for batch in images.split(B)])
 
     def probe(rates: list[float]) -> tuple[Tensor, Tensor]:
-        once = features()
-        W, b = train_heads(lambda _: once, few, everything, C, rates, epochs, B, None, SEED)
+        W, b = heads(features(), few, rates, epochs)
         return W[:1], b[:1]
 
     def rerun() -> tuple[Tensor, Tensor]:

@@ -111,7 +111,7 @@ def write_png_16_bit_rgb(path):
     )
 
 
-def test_read_image_refuses_damaged_and_16_bit_files(tmp_path):
+def test_read_image_refuses_damaged_files_and_other_bands(tmp_path):
     (tmp_path / "text.png").write_text("no image")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
     good = tmp_path / "good.png"
@@ -120,16 +120,16 @@ def test_read_image_refuses_damaged_and_16_bit_files(tmp_path):
     write_png_16_bit_rgb(tmp_path / "deep_rgb.png")
     for name, reason in (
         ("text", "cannot identify"),
-        ("deep", "16-bit"),
-        ("deep_rgb", "16-bit"),
+        ("deep", "1 band, not 3"),
         ("half", "half.png"),
         ("gone", "No such"),
     ):
         with pytest.raises(common.UnreadableImageError, match=reason):
             common.read_image(tmp_path / f"{name}.png")
+    assert (common.read_image(tmp_path / "deep_rgb.png") == 3000).all()  # all 16 bits
 
 
-def test_skip_unreadable_takes_the_next_sample_and_says_so():
+def test_skip_unreadable_takes_another_sample_and_says_so():
     class Dataset(torch.utils.data.Dataset):
         def __len__(self):
             return 4
@@ -141,7 +141,7 @@ def test_skip_unreadable_takes_the_next_sample_and_says_so():
 
     dataset = common.SkipUnreadable(Dataset())
     assert dataset[5, 0] == ((5, 0), [])
-    assert dataset[5, 1] == ((5, 3), ["file 1", "file 2"])
+    assert dataset[5, 2] == ((5, 0), ["file 2", "file 1"])
 
 
 def test_check_images(tmp_path, capsys):
@@ -377,13 +377,11 @@ class Evil:
         return (os.system, ("touch executed",))
 
 
-@pytest.mark.parametrize("content, reason", [(Evil(), "would run code"), (b"garbage", "no PyTorch file")])
+@pytest.mark.parametrize("content, reason", [(Evil(), "no state dict"), (b"garbage", "no PyTorch file")])
 def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, capsys, content, reason):
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "checkpoint.pth"
     path.write_bytes(content) if isinstance(content, bytes) else torch.save({"teacher": content}, path)
-    with pytest.raises(ValueError, match=reason):
-        common.load_checkpoint(path)
     with pytest.raises(SystemExit):
         common.read_weights(str(path))
     assert reason in capsys.readouterr().err

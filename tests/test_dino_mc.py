@@ -67,10 +67,18 @@ def test_centre_is_a_moving_mean_of_all_teacher_outputs_and_is_saved():
     assert "center" in loss.state_dict()
 
 
-def test_teacher_temperature_warms_up_by_epochs():
-    values = [dino_mc.teacher_temp_at(epoch, 0.04, 0.07, 3) for epoch in range(5)]
-    assert values == pytest.approx([0.04, 0.05, 0.06, 0.07, 0.07])
-    assert dino_mc.teacher_temp_at(0, 0.04, 0.05, 0) == 0.05
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+def test_warmups_are_evenly_spaced_and_reach_their_end(warmup):
+    """Of temperature (by epochs) and rate (by steps): the first value is the start, the last the end."""
+    flags = f"--epochs 8 --warmup_epochs {warmup} --warmup_teacher_temp_epochs {warmup} --teacher_temp .07"
+    args = dino_mc.get_parser().parse_args(["--data_path", "x", "--output_dir", "x", *flags.split()])
+    run = Namespace(total_steps=8, steps_per_epoch=1, effective_batch=256)
+    values = [dino_mc.schedules(step, run, args) for step in range(8)]
+    evenly = torch.linspace(0.04, 0.07, warmup).tolist() + [0.07] * (8 - warmup)
+    assert [value["teacher_temp"] for value in values] == pytest.approx(evenly)
+    waves = [0.5 * (1 + math.cos(math.pi * j / (8 - warmup))) for j in range(8 - warmup)]
+    rates = torch.linspace(0, 5e-4, warmup).tolist() + [1e-6 + (5e-4 - 1e-6) * wave for wave in waves]
+    assert [value["lr"] for value in values] == pytest.approx(rates)
 
 
 def test_health_figures_of_known_cases():
@@ -438,7 +446,7 @@ def rate(step):
     """Of .08 * 8 / 256: a warm-up over the 3 steps of the first epoch, then a cosine to 1e-6."""
     base = 0.08 * 8 / 256
     wave = 0.5 * (1 + math.cos(math.pi * (step - 3) / 3))
-    return base * step / 3 if step < 3 else 1e-6 + (base - 1e-6) * wave
+    return base * step / 2 if step < 3 else 1e-6 + (base - 1e-6) * wave
 
 
 def assert_close(ours, expected):

@@ -73,69 +73,28 @@ def lines_of(path):
 
 
 def test_whole_run_over_all_kinds_of_weights(run, train, scenes, tmp_path, capsys):
-    train(tmp_path / "out", "--max_steps", "2")
+    train(tmp_path / "out", "--max_steps", "2", script="mhcl")
     capsys.readouterr()
     checkpoint = tmp_path / "out" / "checkpoint.pth"
     weights = [tmp_path / "out", checkpoint, tmp_path / "out" / "backbone", "random", "image_stats"]
-    run(
-        "eval_knn",
-        "--data_path",
-        scenes,
-        "--weights",
-        *weights,
-        "--output_dir",
-        tmp_path,
-        "--nb_knn",
-        1,
-        5,
-        30,
-        "--num_workers",
-        0,
-        "--per_class",
-    )
+    base = ["--data_path", scenes, "--output_dir", tmp_path, "--num_workers", 0]
+    run("eval_knn", *base, "--weights", *weights, "--nb_knn", 1, 5, 30, "--per_class")
     printed = capsys.readouterr().out
     lines = lines_of(tmp_path)
     assert [json.loads(line) for line in printed.splitlines()[-5:]] == lines
     assert [line["weights"] for line in lines] == [str(name) for name in weights]
-    assert lines[0]["top1"] == lines[1]["top1"] == lines[2]["top1"]  # the teacher, read in three ways
+    assert lines[0]["top1"] == lines[1]["top1"] == lines[2]["top1"]  # the query encoder, read in three ways
     for line in lines:
         assert line["train_images"] == 30 and line["test_images"] == 20 and line["img_size"] == 32
         assert set(line["top1"]) == {"1", "5", "30"} and len(line["per_class"]) == 10
         assert sum(line["per_class"]) / 10 == pytest.approx(line["top1"]["1"])
-    run(
-        "eval_knn",
-        "--data_path",
-        scenes,
-        "--weights",
-        checkpoint,
-        "--checkpoint_key",
-        "student",
-        "--output_dir",
-        tmp_path,
-        "--nb_knn",
-        1,
-        "--num_workers",
-        0,
-    )
+    run("eval_knn", *base, "--weights", checkpoint, "--checkpoint_key", "encoder_k", "--nb_knn", 1)
     assert len(lines_of(tmp_path)) == 6
 
 
 def test_image_stats_are_standardised_means_and_deviations(run, scenes, tmp_path):
-    run(
-        "eval_knn",
-        "--data_path",
-        scenes,
-        "--weights",
-        "image_stats",
-        "--img_size",
-        32,
-        "--nb_knn",
-        3,
-        "--output_dir",
-        tmp_path,
-        "--num_workers",
-        0,
-    )
+    base = ["--data_path", scenes, "--output_dir", tmp_path, "--num_workers", 0]
+    run("eval_knn", *base, "--weights", "image_stats", "--img_size", 32, "--nb_knn", 3)
     train, test, classes, _ = eval_knn.load_split(str(scenes), 0.2, 0)
 
     def stats(samples):
@@ -184,20 +143,8 @@ def test_unreadable_images_are_left_out_and_counted(run, scenes, tmp_path, capsy
         for i in range(100):
             Image.new("RGB", (40, 40), (i, 0, 0)).save(data / name / f"{i}.png")
     (data / "a" / "bad.png").write_text("no image")
-    flags = [
-        "--data_path",
-        data,
-        "--weights",
-        "image_stats",
-        "--nb_knn",
-        5,
-        "--output_dir",
-        tmp_path,
-        "--num_workers",
-        0,
-        "--val_fraction",
-        0.5,
-    ]
+    flags = ["--data_path", data, "--output_dir", tmp_path, "--weights", "image_stats", "--nb_knn", 5]
+    flags += ["--num_workers", 0, "--val_fraction", 0.5]
     run("eval_knn", *flags)
     (line,) = lines_of(tmp_path)
     assert line["train_images"] + line["test_images"] == 272
@@ -209,7 +156,8 @@ def test_unreadable_images_are_left_out_and_counted(run, scenes, tmp_path, capsy
     assert "unreadable, more than 1 %" in capsys.readouterr().err
 
 
-def test_too_few_readable_images_for_k(run, scenes, tmp_path, capsys):
+def test_ks_above_the_number_of_readable_images(run, tmp_path, capsys):
+    """Those given by hand are refused, the usual ones are left out."""
     data = tmp_path / "data"
     for split, count in (("train", 60), ("val", 2)):
         for name in ("a", "b"):
@@ -217,39 +165,33 @@ def test_too_few_readable_images_for_k(run, scenes, tmp_path, capsys):
             for i in range(count):
                 Image.new("RGB", (40, 40), (i, 0, 0)).save(data / split / name / f"{i}.png")
     (data / "train" / "a" / "0.png").write_text("no image")
-    flags = [
-        "--data_path",
-        data,
-        "--weights",
-        "image_stats",
-        "--output_dir",
-        tmp_path,
-        "--num_workers",
-        0,
-        "--nb_knn",
-    ]
+    flags = ["--data_path", data, "--weights", "image_stats", "--output_dir", tmp_path, "--num_workers", 0]
+    for k, words in ((121, "training images, 120"), (120, "training images that are readable, 119")):
+        with pytest.raises(SystemExit):
+            run("eval_knn", *flags, "--nb_knn", 1, k)
+        assert f"--nb_knn 1 {k}: must be from 1 to the number of {words}" in capsys.readouterr().err
+    run("eval_knn", *flags)
+    assert "--nb_knn: 200 left out, above the number of training images, 120" in capsys.readouterr().out
+    assert list(lines_of(tmp_path)[0]["top1"]) == ["10", "20", "100"]
+    flags[1] = data / "val"
+    run("eval_knn", *flags, "--val_fraction", 0.5)
+    assert list(lines_of(tmp_path)[1]["top1"]) == ["2"]  # fewer images than the least usual k
     with pytest.raises(SystemExit):
-        run("eval_knn", *flags, 120)
-    assert "only 119 training images are readable" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run("eval_knn", "--data_path", data / "val", *flags[2:], 1, "--val_fraction", 0.9)
+        run("eval_knn", *flags, "--val_fraction", 0.9)
     assert "leaves no training image of class a" in capsys.readouterr().err
 
 
 def test_features_are_those_of_the_backbone(scenes):
     torch.manual_seed(0)
-    backbone = common.build_backbone("test_resnet", 32).eval()
+    model, stats = common.build_backbone("test_resnet", 32), (common.IMAGENET_MEAN, common.IMAGENET_STD)
     samples = eval_knn.load_split(str(scenes), 0.2, 0)[0]
-    args = eval_knn.get_parser().parse_args(
-        ["--data_path", "x", "--weights", "random", "--num_workers", "0", "--batch_size_per_gpu", "7"]
-    )
-    alone = common.Process(0, 1, torch.device("cpu"), None)
-    mean, std = common.IMAGENET_MEAN, common.IMAGENET_STD
+    flags = ["--data_path", "x", "--weights", "random", "--num_workers", "0", "--batch_size_per_gpu", "7"]
+    args, alone = eval_knn.get_parser().parse_args(flags), common.Process(0, 1, torch.device("cpu"), None)
     dataset = eval_knn.LabelledImages(samples, 32, 3)
-    x, y = eval_knn.extract_features(backbone, dataset, mean, std, args, alone)
+    backbone = eval_knn.Backbone(model, 32, *stats, "test_resnet", "")
+    x, y = eval_knn.extract_features(backbone, dataset, args, alone)
     assert y.tolist() == [label for _, label in samples]
     for i in (0, 6, 7, len(samples) - 1):
-        image = dataset[i][0].unsqueeze(0)
         with torch.no_grad():
-            expected = backbone(common.normalize(image, mean, std))[0]
+            expected = model(common.normalize(dataset[i][0].unsqueeze(0), *stats))[0]
         torch.testing.assert_close(x[i], expected, atol=1e-5, rtol=1e-4)

@@ -14,6 +14,7 @@ import common
 import eval_knn
 import eval_linear
 from common import Process
+from eval_knn import Backbone
 
 ALONE = Process(0, 1, torch.device("cpu"), None)
 
@@ -36,12 +37,19 @@ def head_data(N=50, D=6, C=4):
     return rand(N, D), torch.randint(C, (N,), generator=torch.Generator().manual_seed(1)), torch.arange(N)
 
 
+def heads_of(x, labels, index, lrs, *flags):
+    """Heads after three epochs of batches of 16."""
+    args = make_args("--epochs", 3, "--batch_size", 16, *flags)
+    return eval_linear.train_heads(lambda _: x, labels, index, 4, lrs, args)
+
+
 @pytest.mark.parametrize("schedule", [None, [2, 3]])
 def test_heads_trained_at_once_equal_torchs_sgd_one_by_one(schedule):
     """Each of the batched heads is what torch.optim.SGD makes of one head, with the same batches."""
     x, labels, index = head_data()
     index, lrs, epochs = index[5:], [0.01, 0.3, 2.0], 4
-    W, b = eval_linear.train_heads(lambda _: x, labels, index, 4, lrs, epochs, 16, schedule, seed=3)
+    flags = ["--epochs", epochs, "--seed", 3, *(["--schedule", *schedule] if schedule else [])]
+    W, b = heads_of(x, labels, index, [lr * 256 / 16 for lr in lrs], *flags)
     generator = torch.Generator().manual_seed(common.stream_seed(3, "head"))
     start = 0.01 * torch.randn(4, 6, generator=generator)
     for i, lr in enumerate(lrs):
@@ -70,9 +78,9 @@ def test_heads_trained_at_once_equal_torchs_sgd_one_by_one(schedule):
 
 def test_a_head_does_not_depend_on_the_others():
     x, labels, index = head_data()
-    together = eval_linear.train_heads(lambda _: x, labels, index, 4, [0.1, 1.0, 9.0], 3, 16, None, 0)
+    together = heads_of(x, labels, index, [0.1, 1.0, 9.0])
     for i, lr in enumerate([0.1, 1.0, 9.0]):
-        alone = eval_linear.train_heads(lambda _: x, labels, index, 4, [lr], 3, 16, None, 0)
+        alone = heads_of(x, labels, index, [lr])
         for a, b in zip(alone, together, strict=True):
             torch.testing.assert_close(a[0], b[i], atol=1e-6, rtol=1e-5)
 
@@ -81,10 +89,7 @@ def test_heads_learn_from_the_images_of_their_index_alone():
     x, labels, index = head_data()
     other = labels.clone()
     other[:10] = (other[:10] + 1) % 4
-    heads = [
-        eval_linear.train_heads(lambda _: x, y, index[10:], 4, [1.0], 3, 16, None, 0) for y in (labels, other)
-    ]
-    assert_same(*map(list, heads))
+    assert_same(*(list(heads_of(x, y, index[10:], [1.0])) for y in (labels, other)))
 
 
 def test_held_out_part_is_stratified_and_repeatable():
@@ -134,6 +139,10 @@ def test_confusion_picture_is_dark_where_a_class_goes(tmp_path):
 # ------------------------------------------------------------------ features
 
 
+def backbone_of(model):
+    return Backbone(model, 32, common.IMAGENET_MEAN, common.IMAGENET_STD, "x", "x")
+
+
 @pytest.mark.parametrize("n, avgpool", [(1, False), (3, False), (2, True)])
 def test_vit_features_are_normed_class_tokens_of_the_last_blocks(n, avgpool):
     torch.manual_seed(0)
@@ -145,17 +154,16 @@ def test_vit_features_are_normed_class_tokens_of_the_last_blocks(n, avgpool):
         x = block(x)
         tokens.append(vit.norm(x))
     expected = torch.cat([t[:, 0] for t in tokens[-n:]] + ([tokens[-1][:, 1:].mean(1)] if avgpool else []), 1)
-    features = eval_linear.with_features(vit, "x", n, avgpool)(images)
+    features = eval_linear.with_features(backbone_of(vit), "x", n, avgpool).model(images)
     torch.testing.assert_close(features, expected)
     if (n, avgpool) == (1, False):
         torch.testing.assert_close(features, vit(images))
 
 
-def probe(scenes, backbone, *flags, test=None):
+def probe(scenes, model, *flags, test=None):
     args = make_args("--epochs", 5, "--batch_size", 8, *flags)
     train, own_test, classes, _ = eval_knn.load_split(str(scenes), 0.2, 0)
-    stats = common.IMAGENET_MEAN, common.IMAGENET_STD
-    return eval_linear.probe(backbone, train, test or own_test, len(classes), 32, *stats, args, ALONE)
+    return eval_linear.probe(backbone_of(model), train, test or own_test, len(classes), args, ALONE)
 
 
 def resnet():
@@ -207,28 +215,23 @@ def test_head_of_the_chosen_rate_is_trained_on_all_images(scenes):
     assert_same([weight, bias], list(again[2]))
     assert "held_out_top1" not in again[0] and torch.equal(confusion, again[1])
     # its rate is scaled by the batch
-    args = make_args()
-    train = eval_knn.load_split(str(scenes), 0.2, 0)[0]
-    stats = common.IMAGENET_MEAN, common.IMAGENET_STD
-    x, y = eval_knn.extract_features(
-        resnet().eval(), eval_knn.LabelledImages(train, 32, 3), *stats, args, ALONE
-    )
-    W, b = eval_linear.train_heads(
-        lambda _: x.clone(), y.clone(), torch.arange(30), 10, [result["lr"] * 8 / 256], 5, 8, None, 0
-    )
+    args = make_args("--epochs", 5, "--batch_size", 256)
+    dataset = eval_knn.LabelledImages(eval_knn.load_split(str(scenes), 0.2, 0)[0], 32, 3)
+    x, y = eval_knn.extract_features(backbone_of(resnet()), dataset, args, ALONE)
+    args.batch_size, lr = 8, result["lr"]
+    W, b = eval_linear.train_heads(lambda _: x.clone(), y.clone(), torch.arange(30), 10, [lr], args)
     assert_same([W[0], b[0]], [weight, bias])
 
 
-@pytest.mark.parametrize(
-    "flags, passes", [(["--protocol", "paper"], 5), (["--augment_passes", "2"], 2), ([], 0)]
-)
+@pytest.mark.parametrize("flags, passes", [(["--protocol", "paper"], 5), (["--augment_passes", "2"], 2),
+                                           ([], 0)])
 def test_augmented_features_are_those_of_new_crops(scenes, monkeypatch, flags, passes):
     seen = []
     extract = eval_linear.extract_features
 
-    def count(backbone, dataset, **kwargs):
+    def count(backbone, dataset, *more):
         seen.append(getattr(dataset, "number", None))
-        return extract(backbone, dataset, **kwargs)
+        return extract(backbone, dataset, *more)
 
     monkeypatch.setattr(eval_linear, "extract_features", count)
     probe(scenes, resnet(), "--lrs", "1", *flags)
@@ -265,9 +268,9 @@ def results_of(out):
 
 
 def test_linear_probe_of_all_kinds_and_prediction(run, train, scenes, tmp_path, capsys):
-    train(tmp_path / "dino", "--max_steps", "1")  # a ViT
+    train(tmp_path / "mae", "--max_steps", "1", script="dspt_mae")  # a ViT
     capsys.readouterr()
-    weights = ["--weights", tmp_path / "dino", "image_stats", "random"]
+    weights = ["--weights", tmp_path / "mae", "image_stats", "random"]
     run("eval_linear", *flags_of(scenes, tmp_path / "out", *weights, "--per_class", "--batch_size", "8"))
     printed, results = capsys.readouterr().out, results_of(tmp_path / "out")
     assert [json.loads(line) for line in printed.splitlines()[-3:]] == results
@@ -320,30 +323,20 @@ FINETUNE = "--finetune --arch test_resnet --weights random --batch_size_per_gpu 
 REGULARISED = "--mixup .8 --cutmix 1 --smoothing .1 --erase .5 --rand_augment 9 --drop_path .1".split()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--optimizer", "adan", *REGULARISED],
-        [
-            "--arch",
-            "test_vit",
-            "--patch_size",
-            "8",
-            "--layer_decay",
-            ".65",
-            "--accum_steps",
-            "2",
-            "--mixup",
-            ".8",
-        ],
-    ],
-)
-def test_finetuning_resumes_bit_for_bit(run, scenes, tmp_path, flags):
+VIT = ["--arch", "test_vit", "--patch_size", "8"]
+
+
+@pytest.mark.parametrize("flags", [["--optimizer", "adan", *REGULARISED],
+                                   [*VIT, "--layer_decay", ".65", "--accum_steps", "2", "--mixup", ".8"]])
+def test_finetuning_resumes_bit_for_bit(run, scenes, tmp_path, capsys, flags):
     for name, steps in (("a", [None]), ("b", [2, 5, None])):
         for stop in steps:
             extra = ["--max_steps", stop] if stop else []
             run("eval_linear", *flags_of(scenes, tmp_path / name, *FINETUNE, *flags, *extra))
+            printed = capsys.readouterr().out
             assert (tmp_path / name / "results.jsonl").exists() == (stop is None)
+            assert ("stopped before the end; the same command resumes" in printed) == (stop is not None)
+            assert ("initial weights of seed 0" in printed) == (stop != 5 and (name, stop) != ("b", None))
     a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")
     assert_same_state(b, a)
     one, two = (results_of(tmp_path / name)[0] for name in "ab")
@@ -389,9 +382,7 @@ def test_finetuning_regularises_as_asked_and_follows_its_schedule(run, scenes, t
     def lines(*flags, steps=1):
         out = tmp_path / "_".join(flags or ["plain"])
         more = ["--max_steps", steps, "--log_every", "1", "--lr", ".64", "--min_lr", ".001", *flags]
-        run(
-            "eval_linear", *flags_of(scenes, out, *FINETUNE, "--arch", "test_vit", "--patch_size", "8", *more)
-        )
+        run("eval_linear", *flags_of(scenes, out, *FINETUNE, *VIT, *more))
         return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][1:]
 
     plain = lines(steps=21)
@@ -401,9 +392,17 @@ def test_finetuning_regularises_as_asked_and_follows_its_schedule(run, scenes, t
         assert lines(flag, "1" if flag == "--erase" else value)[0]["loss"] != plain[0]["loss"], flag
 
 
+def test_each_micro_batch_has_draws_of_its_own(run, scenes, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(eval_linear, "erase_and_mix", lambda images, targets, C, args: (
+        seeds.append(torch.initial_seed()) or images, targets))
+    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--accum_steps", "2", "--max_steps", "3"))
+    assert len(set(seeds)) == len(seeds) == 6
+
+
 def test_layer_decay_lowers_the_rate_of_early_layers(run, scenes, tmp_path):
-    vit = ["--arch", "test_vit", "--patch_size", "8", "--layer_decay", ".5", "--max_steps", "4"]
-    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, *vit, "--log_every", "1"))
+    flags = [*VIT, "--layer_decay", ".5", "--max_steps", "4", "--log_every", "1"]
+    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, *flags))
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     groups = saved["optimizer"]["param_groups"]
     last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])["lr"]
@@ -415,8 +414,64 @@ def test_layer_decay_lowers_the_rate_of_early_layers(run, scenes, tmp_path):
         assert group["weight_decay"] in (0.0, 0.05)
 
 
-def test_finetuning_with_changed_flags_is_refused(run, scenes, tmp_path, capsys):
+def test_finetuning_with_changed_flags_is_refused_but_for_those_that_make_no_result(run, scenes, tmp_path,
+                                                                                    capsys):
     run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--max_steps", "1"))
-    with pytest.raises(SystemExit):
-        run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--mixup", ".5"))
-    assert "other settings: mixup was 0.0, is 0.5" in capsys.readouterr().err
+    for flags, words in ((["--mixup", ".5"], "mixup was 0.0, is 0.5"),
+                         (["--allow_partial"], "allow_partial was False, is True")):
+        with pytest.raises(SystemExit):
+            run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, *flags))
+        assert f"other settings: {words}" in capsys.readouterr().err
+    run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--max_steps", "2", "--per_class"))
+    assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2
+
+
+def naive_finetuning(paths, labels, C):
+    """Losses of three steps, weights and AdamW's first moments, one parameter at a time."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8, dynamic_img_size=True)
+    torch.manual_seed(0)
+    model.reset_classifier(C)
+    torch.nn.init.normal_(model.head.weight, std=0.01)
+    torch.nn.init.zeros_(model.head.bias)
+    dataset = eval_linear.FinetuneImages(list(zip(paths, labels, strict=True)), 32, 3, 0.0, 0)
+    order = torch.randperm(len(paths), generator=common.generator(0, "order", 0)).tolist()
+    losses = []
+    first, second = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2))
+    for step in range(3):
+        loss = 0.0
+        for index in order[4 * step : 4 * step + 4]:
+            image, label = dataset[0, index]
+            x = image / 255 - torch.tensor(common.IMAGENET_MEAN).view(3, 1, 1)
+            logits = model((x / torch.tensor(common.IMAGENET_STD).view(3, 1, 1))[None])[0].log_softmax(0)
+            loss = loss - (0.9 * logits[label] + 0.1 * logits.mean()) / 4  # smoothing of .1
+        losses.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        lr = 1e-6 + (0.001 - 1e-6) * 0.5 * (1 + math.cos(math.pi * step / 21))  # .064 * 4 / 256
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                spared = p.ndim <= 1 or name.endswith("bias") or name in ("pos_embed", "cls_token")
+                p.mul_(1 - lr * 0.05 * (not spared))
+                first[name] = 0.9 * first[name] + 0.1 * p.grad
+                second[name] = 0.999 * second[name] + 0.001 * p.grad**2
+                rms = (second[name] / (1 - 0.999 ** (step + 1))).sqrt()
+                p.sub_(lr * first[name] / (1 - 0.9 ** (step + 1)) / (rms + 1e-8))
+    return losses, dict(model.named_parameters()), first
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_steps_of_finetuning_equal_plain_loops(run, scenes, tmp_path, micro_batch):
+    """AdamW, smoothing; accumulation is one large batch."""
+    flags = [*FINETUNE, *VIT, "--warmup_epochs", "0", "--lr", ".064", "--smoothing", ".1"]
+    flags += ["--max_steps", "3", "--log_every", "1", "--batch_size_per_gpu", micro_batch]
+    run("eval_linear", *flags_of(scenes, tmp_path, *flags, "--accum_steps", 4 // micro_batch))
+    saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
+    paths, labels = zip(*eval_knn.load_split(str(scenes), 0.2, 0)[0], strict=True)
+    losses, expected, first = naive_finetuning(paths, labels, 10)
+    assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
+    for name, p in expected.items():
+        sure = first[name].abs() > 1e-4  # AdamW's first steps are signs, of which small gradients have none
+        torch.testing.assert_close(saved["model"][name][sure], p.data[sure], atol=2e-5, rtol=1e-3, msg=name)
+        assert name == "pos_embed" or sure.any(), name

@@ -4,11 +4,19 @@ The files are built here, in the public layout of each format, from networks wit
 """
 
 import argparse
+import contextlib
+import copyreg
 import functools
+import io
 import json
-import os
+import pathlib
+import pickle
 import shutil
+import sys
+import types
+import zipfile
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -19,6 +27,8 @@ from torch import nn
 
 import common
 import dspt_mae
+import eval_knn
+import eval_linear
 
 VIT, SWIN = "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"
 
@@ -108,16 +118,33 @@ def other(state):
     return {name: x + 1 if x.is_floating_point() else x for name, x in state.items()}
 
 
+class MetricStroge:
+    """An object that CMID's Trainer pickles, of a class of its own."""
+
+    def __init__(self):
+        self.values = {"loss": [np.float64(1.0)]}
+
+    def __setstate__(self, state):
+        raise AssertionError("code of a file's class ran")
+
+
+MetricStroge.__module__ = "exploring_metric"
+sys.modules["exploring_metric"] = types.ModuleType("exploring_metric")
+sys.modules["exploring_metric"].MetricStroge = MetricStroge
+
+
 def rest():
-    """What else a checkpoint of the authors holds."""
+    """What else a checkpoint of the authors holds; DINO's schedules put numpy numbers into the optimizer."""
     layer = nn.Linear(3, 3)
     optimizer = torch.optim.AdamW(layer.parameters())
     layer(torch.ones(1, 3)).sum().backward()
     optimizer.step()
+    optimizer.param_groups[0].update(lr=np.linspace(0, 1, 3)[1], weight_decay=np.float64(0.04))
+    more = {"output_dir": pathlib.Path("."), "crops": np.array([0.4, 1.0]), "names": np.array(["a"], object)}
     return {
         "optimizer": optimizer.state_dict(),
         "epoch": 100,
-        "args": argparse.Namespace(arch="vit_small", patch_size=16, lr=5e-4, output_dir="."),
+        "args": argparse.Namespace(arch="vit_small", patch_size=16, lr=5e-4, **more),
     }
 
 
@@ -158,11 +185,11 @@ def cmid(state, taken="online_encoder"):
     """CMID: `model` with the backbone of each encoder under `model.`, and its other parts beside it."""
     beside = {"projector.0.weight": torch.rand(4, 4), "predictor.bias": torch.rand(4)}
     networks = {}
-    for name in ("online_encoder", "target_encoder"):
+    for name in ("online_encoder", "target_encoder", "branch_encoder"):
         backbone = without(state, "fc.", "head.", "heads.")
         backbone = prefixed("model.", backbone if name == taken else other(backbone))
         networks |= prefixed(f"{name}.", backbone | beside)
-    return {"model": {**networks, "queue": torch.rand(16, 8)}, **rest()}
+    return {"model": {**networks, "queue": torch.rand(16, 8)}, **rest(), "metric_storage": MetricStroge()}
 
 
 def old_mlp(state):
@@ -186,6 +213,28 @@ def microsoft(state):
         renamed[name] = x
     buffers = {"layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49)}
     return renamed | buffers | {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49)}
+
+
+def mmcls(state):
+    """Swin as CMID's authors train it: nn.Unfold merges patches, and names are mmcls's."""
+    renamed = {}
+    for name, x in without(state, "head.").items():
+        if name.startswith("layers"):
+            _, stage, part, rest = name.split(".", 3)
+            if part == "downsample":
+                C = x.shape[-1] // 4
+                c, dy, dx = torch.meshgrid(torch.arange(C), torch.arange(2), torch.arange(2), indexing="ij")
+                timms = ((2 * dx + dy) * C + c).double()  # index of each neighbour's channels
+                order = nn.Unfold(2)(timms[None]).flatten().long()  # in their order
+                x = x[..., order]
+                name = f"stages.{int(stage) - 1}.downsample.{rest}"
+            else:
+                rest = rest.replace("attn.", "attn.w_msa.").replace("mlp.fc1", "ffn.layers.0.0")
+                name = f"stages.{stage}.blocks.{rest.replace('mlp.fc2', 'ffn.layers.1')}"
+        elif name.startswith("norm."):
+            name = name.replace("norm", "norm3")
+        renamed[name.replace("patch_embed.proj.", "patch_embed.projection.")] = x
+    return renamed
 
 
 def unwrapped(state):
@@ -228,13 +277,17 @@ FORMATS = {
     "cmid_extracted_state_dict": ("test_resnet", lambda state: {"state_dict": without(state, "fc.")}, None),
     "cmid_extracted_model": ("test_resnet", lambda state: {"model": without(state, "fc.")}, None),
     "cmid_extracted_swin": (SWIN, microsoft, None),
+    "cmid_swin": (SWIN, lambda state: cmid(mmcls(state)), None),
+    "cmid_swin_extracted": (SWIN, mmcls, None),
+    "cmid_branch": ("test_resnet", lambda state: cmid(state, "branch_encoder"), "branch_encoder"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", FORMATS)
-def test_features_are_those_of_the_source(tmp_path, case):
+@pytest.mark.parametrize("case, zip", [*((case, 1) for case in FORMATS), ("dino_vit", 0), ("cmid_target", 0)])
+def test_features_are_those_of_the_source(tmp_path, case, zip):
     name, layout, key = FORMATS[case]
-    torch.save(layout(source(name)[0].state_dict()), tmp_path / "weights.pth")
+    content = layout(source(name)[0].state_dict())
+    torch.save(content, tmp_path / "weights.pth", _use_new_zipfile_serialization=bool(zip))
     backbone, report = load(tmp_path / "weights.pth", name, key)
     own = len(backbone.state_dict())
     assert report.startswith(f"file: {own} of {own} tensors loaded, 0 missing, ")
@@ -303,15 +356,118 @@ def test_hub_id(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "executed").exists()
 
 
-def test_swin_of_another_size_keeps_its_place(tmp_path):
-    """Tables of the smaller windows are resampled; all else, downsample above all, is taken as it is."""
-    model = source(SWIN)[0]
-    for state in (without(model.state_dict(), "head."), microsoft(model.state_dict())):
-        backbone = common.build_backbone(SWIN, 64)
-        assert ": 171 of 171 tensors loaded, 0 missing" in common.load_backbone(backbone, state, "swin")
-        for name, x in backbone.state_dict().items():
-            same = x.shape == model.state_dict()[name].shape
-            assert torch.equal(x, model.state_dict()[name]) if same else "bias_table" in name
+@pytest.mark.parametrize("side, nearness", [(112, 0.1), (256, 0.3), (448, 1e-5)])
+def test_swin_at_other_sizes(side, nearness):
+    """Torchvision's features at multiples of 224 px; near them elsewhere, of up to 3: windows stay 7 wide."""
+    model, captured = source("torchvision_swin")[0], []
+    hook = model.head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    backbone = common.build_backbone(SWIN, side).eval()
+    state = common._backbone_names(model.state_dict(), "encoder_q", False)
+    report = common.load_backbone(backbone, state, "swin")
+    assert "171 of 171 tensors loaded, 0 missing" in report and "resampled" not in report
+    with torch.no_grad():
+        model(images(side)[:1])
+        torch.testing.assert_close(backbone(images(side)[:1]), captured[0], atol=nearness, rtol=1e-5)
+    hook.remove()
+
+
+def test_swin_with_the_small_windows_of_earlier_runs(tmp_path):
+    """Resumed, or evaluated and exported: the same network, in the parameters that an optimizer holds."""
+    old = randomized(timm.create_model(SWIN, num_classes=0, img_size=64, strict_img_size=False))
+    for fill in (
+        lambda new: new.load_state_dict({f"backbone.{name}": x for name, x in old.state_dict().items()}),
+        lambda new: common.load_backbone(new.backbone, old.state_dict(), "old"),
+    ):
+        network = nn.ModuleDict({"backbone": common.build_backbone(SWIN, 64).eval()})
+        held = list(network.parameters())
+        fill(network)
+        assert all(p is q for p, q in zip(held, network.parameters(), strict=True))
+        with torch.no_grad():
+            assert torch.equal(network.backbone(images(64)), old(images(64)))
+    common.export_backbone(network.backbone, tmp_path / "backbone", 64, (0, 0, 0), (1, 1, 1))
+    loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        assert torch.equal(loaded(images(64)), old(images(64)))
+
+
+def fine_tuned_mae():
+    """A ViT as MAE's and CSPT's code fine-tunes it, and its features fc_norm(mean of the patch tokens)."""
+    model, kept = source(VIT)[0], []
+    hook = model.norm.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    with torch.no_grad():
+        model(images(32))
+    hook.remove()
+    weight, bias = torch.rand(2, 192, generator=generator(3))
+    state = without(model.state_dict(), "norm.") | {"fc_norm.weight": weight, "fc_norm.bias": bias}
+    return {"model": state, **rest()}, nn.functional.layer_norm(
+        kept[0][:, 1:].mean(1), (192,), weight, bias, 1e-6
+    )
+
+
+def test_fine_tuned_mae_gives_the_norm_of_the_mean(tmp_path, capsys):
+    content, expected = fine_tuned_mae()
+    torch.save(content, tmp_path / "tuned.pth")
+    flags = ["--data_path", "x", "--weights", "x", "--arch", VIT, "--img_size", "32"]
+    args, path = eval_knn.get_parser().parse_args(flags), str(tmp_path / "tuned.pth")
+    for _ in range(2):  # the file, then our own export of it
+        backbone, *_, report = eval_knn.prepare(path, *common.read_weights(path), args)
+        assert "150 of 150 tensors loaded, 0 missing" in report
+        with torch.no_grad():
+            torch.testing.assert_close(backbone.eval()(images(32)), expected, atol=1e-5, rtol=1e-5)
+        assert eval_linear.with_features(backbone, path, None, False) is backbone
+        common.export_backbone(backbone, tmp_path / "backbone", 32, (0, 0, 0), (1, 1, 1))
+        path = str(tmp_path)
+    loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images(32)), expected, atol=1e-5, rtol=1e-5)
+    # To go on from its class token, a norm is missing.
+    refused(capsys, tmp_path / "tuned.pth", VIT, "2 missing (norm.bias, norm.weight)", "fc_norm")
+
+
+@pytest.mark.parametrize("arch, kwargs", [("test_resnet", {}), (VIT, {"global_pool": "avg"}), (SWIN, {})])
+def test_exported_config_has_no_more_arguments_than_the_network_needs(tmp_path, arch, kwargs):
+    """transformers gives timm num_classes itself, and fails where the config has it too."""
+    backbone = common.build_backbone(arch, 64, **kwargs)
+    common.export_backbone(backbone, tmp_path / "backbone", 64, (0, 0, 0), (1, 1, 1))
+    config = json.loads((tmp_path / "backbone" / "config.json").read_text())
+    assert config["model_args"] == backbone.model_args and "num_classes" not in config["model_args"]
+    assert kwargs.items() <= config["model_args"].items()
+    assert {"architecture", "num_classes", "pretrained_cfg"} <= config.keys()  # of which it knows timm's
+
+
+SEVERAL = [
+    ("test_resnet", *pair) for pair in ((1, 3), (13, 3), (12, 1), (4, 12), (3, 1), (3, 2), (3, 6), (3, 12))
+]
+SEVERAL += [(arch, 13, 3) for arch in ("resnet18", "test_vit", SWIN, "test_convnext", "xcit_nano_12_p16_224")]
+
+
+@pytest.mark.parametrize("arch, C, in_chans", SEVERAL)
+def test_equal_channels_give_the_features_they_gave(arch, C, in_chans):
+    file = randomized(common.build_backbone(arch, 32, in_chans=C))
+    network = common.build_backbone(arch, 32, in_chans=in_chans).eval()
+    report = common.load_backbone(network, file.state_dict(), "file")
+    assert (
+        f".weight: {C} channels converted to {in_chans}" in report and ", 0 missing, 0 not used; " in report
+    )
+    grey = images(32)[:, :1]
+    with torch.no_grad():
+        before, after = (net(grey.expand(-1, k, -1, -1)) for net, k in ((file, C), (network, in_chans)))
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_three_channels_stay_the_first_of_more():
+    weight = torch.rand(8, 3, 4, 4, generator=generator())
+    more, _ = common.convert_first_conv(weight, nn.Conv2d(5, 8, 4))
+    torch.testing.assert_close(more, torch.cat([weight, weight[:, :2]], 1) * 3 / 5)
+
+
+def test_patches_and_positions_are_resampled_and_said():
+    file = common.build_backbone("test_vit", 32, 8, in_chans=2)
+    report = common.load_backbone(common.build_backbone("test_vit", 64, 4), file.state_dict(), "file")
+    assert report == (
+        "file: 78 of 78 tensors loaded, 0 missing, 0 not used; patch_embed.proj.weight: 2 channels converted "
+        "to 3, patches of 8 x 8 px resampled to 4 x 4; 1 resampled (pos_embed (1 x 17 x 64 to 1 x 257 x 64))"
+    )
 
 
 # ------------------------------------------------------------------ refusals
@@ -368,17 +524,54 @@ def test_more_blocks_than_the_arch_has(tmp_path, capsys, name, block, extra):
     refused(capsys, tmp_path / "deeper.pth", arch, " 0 missing", "another arch?", side=side)
 
 
-def test_under_90_percent(tmp_path, capsys):
-    name = "torchvision_vit"
+@pytest.mark.parametrize(
+    "name, tensor, words",
+    [
+        ("torchvision_vit", "encoder.ln.weight", "1 missing (norm.weight)"),
+        ("torchvision_resnet18", "layer4.1.bn2.running_var", "1 missing (layer4.1.bn2.running_var)"),
+        ("torchvision_vit", "class_token", "1 missing (cls_token)"),
+        ("torchvision_vit", "encoder.pos_embedding", "1 missing (pos_embed)"),
+        ("torchvision_resnet18", "conv1.weight", "1 missing (conv1.weight)"),
+    ],
+)
+def test_one_tensor_missing(tmp_path, capsys, name, tensor, words):
     state = source(name)[0].state_dict()
-    for blocks, fits in ((1, True), (2, False)):  # of 12, each with 12 of the 150 tensors
-        lost = tuple(f"encoder.layers.encoder_layer_{i}." for i in range(blocks))
-        torch.save({"state_dict": without(state, *lost)}, tmp_path / "part.pth")
-        if not fits:
-            refused(capsys, tmp_path / "part.pth", VIT, "126 of 150 tensors loaded, 24 missing (blocks.0.")
-        backbone, report = load(tmp_path / "part.pth", name, allow_partial=not fits)
-        assert f"{12 * blocks} missing (blocks.0." in report
-        assert torch.equal(backbone.cls_token, state["class_token"])
+    kept = {key: x for key, x in state.items() if key != tensor}
+    torch.save({"state_dict": kept}, tmp_path / "part.pth")
+    refused(capsys, tmp_path / "part.pth", source(name)[1], words)
+    backbone, report = load(tmp_path / "part.pth", name, allow_partial=True)
+    assert words in report
+    last = "blocks.11.mlp.fc2.weight" if "vit" in name else "layer4.1.conv2.weight"
+    theirs = "encoder.layers.encoder_layer_11.mlp.3.weight" if "vit" in name else last
+    assert torch.equal(backbone.state_dict()[last], state[theirs])
+
+
+@pytest.mark.parametrize(
+    "tensor, wrong, words",
+    [
+        ("conv1.weight", (64, 3, 3, 3), "64 x 3 x 3 x 3 in the file, 64 x 3 x 7 x 7 in the network"),
+        ("conv1.weight", (32, 5, 7, 7), "32 x 5 x 7 x 7 in the file, 64 x 3 x 7 x 7 in the network"),
+        ("layer1.0.conv1.weight", (64, 32, 3, 3), "64 x 32 x 3 x 3 in the file, 64 x 64 x 3 x 3 in the"),
+        ("bn1.weight", (128,), "128 in the file, 64 in the network"),
+    ],
+)
+def test_one_tensor_of_another_shape(tmp_path, capsys, tensor, wrong, words):
+    name = "torchvision_resnet18"
+    torch.save(source(name)[0].state_dict() | {tensor: torch.zeros(wrong)}, tmp_path / "wrong.pth")
+    refused(capsys, tmp_path / "wrong.pth", "resnet18", f"1 of another shape ({tensor}: {words}")
+    _, report = load(tmp_path / "wrong.pth", name, allow_partial=True)
+    assert f"1 of another shape ({tensor}: {words}" in report
+
+
+def test_positions_of_a_grid_that_is_not_square(tmp_path, capsys):
+    """2 x 8 patches are as many as 4 x 4: the three methods with square crops cannot go on from them."""
+    state = common.build_backbone("test_vit", (16, 64), 8).state_dict()
+    settings = {"arch": "test_vit", "patch_size": 8, "img_size": [16, 64]}
+    torch.save({"model": state, "args": settings, "effective_batch": 4}, tmp_path / "a.pth")
+    flags = {"init": str(tmp_path / "a.pth"), "checkpoint_key": None, "allow_partial": False}
+    with pytest.raises(SystemExit):
+        common.init_backbone(common.build_backbone("test_vit", 32, 8), argparse.Namespace(**flags), None)
+    assert "its positions are of 16 x 64 px, not of a square" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["encoder", "queue", "module.encoder_k", "teacher"])
@@ -402,32 +595,243 @@ def test_files_without_tensors(tmp_path, capsys, content):
     refused(capsys, tmp_path / "a.pth", "resnet18", key="model")
 
 
+def text(value):
+    return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+
+CODE = "open('executed', 'w').close()"
+EXEC = b"cbuiltins\nexec\n"
+HIDDEN = io.BytesIO()
+torch.save({}, HIDDEN)
+# Parts of pickles, each of which leaves an object on the stack; Python's unpickler runs CODE for all of them.
+RUNNING = {
+    "reduce": EXEC + text(CODE) + b"\x85R",
+    "stack_global": text("builtins") + text("exec") + b"\x93" + text(CODE) + b"\x85R",
+    "inst": b"(" + text(CODE) + b"ibuiltins\nexec\n",
+    "obj": b"(" + EXEC + text(CODE) + b"o",
+    "extension": b"\x82\xf0" + text(CODE) + b"\x85R",
+    "map": b"cbuiltins\nlist\ncbuiltins\nmap\n(" + EXEC + b"(" + text(CODE) + b"ltR\x85R",
+    "setstate": b"cfunctools\npartial\nq\x00cbuiltins\nprint\n\x85R(" + EXEC + text(CODE) + b"\x85}Ntb)R",
+    "rebuild_from_type": b"ctorch._tensor\n_rebuild_from_type_v2\n(" + EXEC + b"cbuiltins\nint\n"
+    + text(CODE) + b"\x85NtR",
+}  # fmt: skip
+# Where the object may stand, as a part of a pickle.
+PLACES = {
+    "itself": lambda part: part,
+    "value": lambda part: b"}" + text("a") + part + b"s",
+    "values": lambda part: b"}(" + text("a") + part + b"u",
+    "dict": lambda part: b"(" + text("a") + part + b"d",
+    "key": lambda part: b"}" + part + b"Ns",
+    "list": lambda part: b"](" + part + b"e",
+    "one_item": lambda part: b"]" + part + b"a",
+    "tuple": lambda part: part + b"\x85",
+    "set": lambda part: b"\x8f(" + part + b"\x90",
+    "frozenset": lambda part: b"(" + part + b"\x91",
+    "ordered": lambda part: b"ccollections\nOrderedDict\n)R(" + text("a") + part + b"u",
+    "metadata": lambda part: b"ccollections\nOrderedDict\n)R}" + text("_metadata") + part + b"sb",
+    "namespace": lambda part: b"cargparse\nNamespace\n)\x81}" + text("a") + part + b"sb",
+    "slots": lambda part: b"cargparse\nNamespace\n)\x81N}" + text("a") + part + b"s\x86b",
+    "class_state": lambda part: b"cargparse\nNamespace\nN}" + text("a") + part + b"s\x86b",
+    "memo": lambda part: part + b"\x940h\x00",
+}  # fmt: skip
+# Parts that may be refused, or give something, but run nothing and end no process.
+ODD = {
+    "no_rebuild": b"ctorch._utils\n_rebuild_tensor_v2\n(K\x01K\x00)N\x89NtR",
+    "bounds": b"ctorch._utils\n_rebuild_tensor_v2\n(STORAGEK\x00J\xff\xff\xff\x7f\x85K\x01\x85\x89NtR",
+    "negative": b"ctorch._utils\n_rebuild_tensor_v2\n(STORAGEJ\xff\xff\xff\xffK\x01\x85K\x01\x85\x89NtR",
+    "strides": b"ctorch._utils\n_rebuild_tensor_v2\n(STORAGEK\x00("
+    + b"J\xff\xff\xff\x7f" * 3 + b"t(K\x00K\x00K\x00t\x89NtR",
+    "dtype": b"ctorch._utils\n_rebuild_tensor_v3\n(STORAGEK\x00))\x89Nctorch\nload\nNtR",
+    "load_from_bytes": b"ctorch.storage\n_load_from_bytes\nB" + len(HIDDEN.getvalue()).to_bytes(4, "little")
+    + HIDDEN.getvalue() + b"\x85R",
+    "newobj_ex": b"csubprocess\nPopen\n)}\x92}" + text("pid") + b"K\x01sb",
+    "persistent_text": b"Pmodule\n",
+    "persistent": text("storage") + b"\x85Q",
+    "persistent_class": b"(" + text("module") + EXEC + text("a") + text("b") + b"tQ",
+    "deep_storage": b"(" + text("storage") + b"ctorch\nFloatStorage\n)" + b"\x85" * 300_000
+    + text("cpu") + b"K\x04tQ",
+    "deep_call": b"ctorch._tensor\n_rebuild_from_type_v2\n\x940" + b"(h\x00N" * 5000 + b")" + b"Nt" * 5000
+    + b"\x940h\x00h\x01R",
+    "no_numbers": b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"]N\x85atQ",
+    "bytearray": b"\x96\x04" + bytes(7) + b"abcd}Nsb",
+    "buffer": b"\x97", "frame": b"\x95" + b"\xff" * 8, "long": b"\x8b\xff\xff\xff\x7f1",
+    "underflow": b"0000R",
+    "unhashable": b"}]Ns", "own_item": b"](h\x00e", "extend_placeholder": EXEC + b"(K\x01e",
+    "deep_key": b"})" + b"\x85" * 300_000 + b"Ns",
+}  # fmt: skip
+
+
 class Evil:
     def __reduce__(self):
-        return (os.system, ("touch executed",))
+        return exec, (CODE,)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("legacy", [False, True])
-@pytest.mark.parametrize(
-    "kind", ["a.pth", "a.pth.tar", "a.bin", "a.safetensors", "folder", "folder/checkpoint.pth"]
-)
-def test_no_code_of_a_file_is_run(tmp_path, monkeypatch, capsys, kind, legacy, whole):
+def write_pickle(path, part, legacy):
+    """A file as torch.save writes it, whose pickle leaves the dict {"a": part}; it has one storage."""
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + b"K\x04tQ"
+    whole = b"\x80\x04}" + text("a") + part.replace(b"STORAGE", storage) + b"s."
+    if legacy:
+        head = (
+            torch.serialization.MAGIC_NUMBER,
+            torch.serialization.PROTOCOL_VERSION,
+            {"little_endian": True},
+        )
+        used = b"STORAGE" in part
+        path.write_bytes(
+            b"".join(map(pickle.dumps, head)) + whole + pickle.dumps(["0"] * used)
+            + (4).to_bytes(8, "little") * used + bytes(16) * used
+        )  # fmt: skip
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", whole)
+            archive.writestr("archive/data/0", bytes(16))
+
+
+@pytest.fixture
+def one_extension(monkeypatch):
+    for table, key, value in (
+        ("_inverted_registry", 0xF0, ("builtins", "exec")),
+        ("_extension_cache", 0xF0, exec),
+    ):
+        monkeypatch.setitem(getattr(copyreg, table), key, value)
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_no_code_of_a_file_runs(tmp_path, monkeypatch, one_extension, kind):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
-    path = tmp_path / kind
-    file = path / "checkpoint.pth" if path.is_dir() else path
-    content = moco({"conv1.weight": torch.ones(1)}) | {"args": Evil()}
-    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
-    for key in (None, "encoder_k"):
-        with pytest.raises(SystemExit) as stop:
-            common.read_weights(str(path), key, whole=whole)
-        assert stop.value.code == 2 and not (tmp_path / "executed").exists()
-        error = capsys.readouterr().err
-        assert str(file) in error and ("would run code" in error or kind == "a.safetensors")
-    shutil.copy(file, tmp_path / "trusted.pth")
-    torch.load(tmp_path / "trusted.pth", weights_only=False)  # it would have run
+    namespace = vars(argparse.Namespace).copy()
+    for place, legacy in ((place, legacy) for place in PLACES for legacy in (False, True)):
+        write_pickle(tmp_path / "a.pth", PLACES[place](RUNNING[kind]), legacy)
+        assert isinstance(common.load_checkpoint(tmp_path / "a.pth"), dict), place
+        assert not (tmp_path / "executed").exists(), place
+    assert vars(argparse.Namespace) == namespace
+    with contextlib.suppress(AttributeError):  # after it ran
+        pickle._loads(b"\x80\x04" + RUNNING[kind] + b".")
     assert (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_pickles_end_in_words_at_most(tmp_path, kind, legacy):
+    for place in PLACES if len(ODD[kind]) < 10**5 else ("itself",):
+        write_pickle(tmp_path / "a.pth", PLACES[place](ODD[kind]), legacy)
+        try:
+            assert isinstance(common.load_checkpoint(tmp_path / "a.pth"), dict)
+        except ValueError as error:
+            assert len(str(error).splitlines()) == 1 and str(error).startswith(
+                "damaged, or no PyTorch file ("
+            )
+
+
+def test_a_hostile_file_through_the_reader_of_weights(tmp_path, monkeypatch, capsys):
+    """What surrounds the tensors is left alone; in the place of a tensor it is missing."""
+    monkeypatch.chdir(tmp_path)
+
+    state = source("torchvision_resnet18")[0].state_dict()
+    (tmp_path / "folder").mkdir()
+    for file in ("a.pth", "a.pth.tar", "a.bin", "folder/checkpoint.pth"):
+        torch.save(moco(state) | {"args": Evil(), "scaler": [Evil()]}, file)
+        backbone, _ = load(file.removesuffix("/checkpoint.pth"), "torchvision_resnet18")
+        assert_features(backbone, "torchvision_resnet18")
+    torch.save({"model": state | {"conv1.weight": Evil()}}, "b.pth")
+    refused(capsys, "b.pth", "resnet18", "1 missing (conv1.weight)")
+    torch.save({"model": Evil()}, "c.pth")
+    refused(capsys, "c.pth", "resnet18", "its model is no state dict of tensors")
+    torch.save({"effective_batch": 1, "args": Evil(), "model": state}, "d.pth")
+    assert common.read_weights("d.pth")[1] == {}
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_placeholder_is_harmless():
+    it = common.Placeholder("os.system")
+    it.name = it["a"] = 3
+    assert it("touch executed") is it[0] is it and it.name == "os.system" and it in {it}
+    assert list(it) == [] and not it and "os.system" in repr(it)
+    with pytest.raises(AttributeError):
+        it.__array__  # noqa: B018
+
+
+# ------------------------------------------------------------------ damage
+
+
+def every_kind_of_tensor():
+    x = torch.randn(4, 6, generator=generator())
+    dtypes = (torch.float64, torch.bfloat16, torch.uint8, torch.bool, torch.int64, torch.complex64)
+    return {"views": [x, x.t(), x[1:, ::2], x[0, 0]], "empty": torch.rand(0, 3), "parameter": nn.Parameter(x),
+            "expanded": x[:1].expand(5, 6), **{str(dtype): x.to(dtype) for dtype in dtypes}}  # fmt: skip
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_tensors_are_read_as_torch_reads_them(tmp_path, legacy):
+    layer = nn.BatchNorm2d(3)
+    content = every_kind_of_tensor() | {"state": layer.state_dict()}
+    content |= {} if legacy else {"f8": torch.rand(3).to(torch.float8_e4m3fn)}
+    torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    ours, theirs = (
+        common.load_checkpoint(tmp_path / "a.pth"),
+        torch.load(tmp_path / "a.pth", weights_only=True),
+    )
+    assert ours.keys() == theirs.keys() and ours["state"]._metadata == theirs["state"]._metadata
+    flat = [[x for value in loaded.values() for x in (
+        value if isinstance(value, list) else value.values() if isinstance(value, dict) else [value])]
+        for loaded in (ours, theirs)]  # fmt: skip
+    for x, y in zip(*flat, strict=True):
+        for part in (torch.Tensor.stride, torch.Tensor.storage_offset, lambda z: (z.shape, z.dtype)):
+            assert part(x) == part(y)
+        assert torch.equal(*(z.contiguous().view(torch.uint8) if z.ndim else z for z in (x, y)))
+    ours["views"][0].zero_()
+    assert not ours["views"][2].any()  # they share their memory, as they did
+
+
+def test_every_byte_of_a_zip_is_checked(tmp_path):
+    """One bit flipped in each of the records that are read; and a file without checksums is taken."""
+    path = tmp_path / "a.pth"
+    torch.save({"model": {"a": torch.rand(50), "b": torch.rand(7)}}, path)
+    whole = path.read_bytes()
+    common.load_checkpoint(path)
+    for entry in zipfile.ZipFile(path).infolist():
+        if not entry.filename.endswith(("data.pkl", "byteorder", "data/0", "data/1")):
+            continue
+        lengths = np.frombuffer(
+            whole, "<u2", 2, entry.header_offset + 26
+        )  # of the name and what is beside it
+        first = entry.header_offset + 30 + int(lengths.sum())
+        for place in (first, first + entry.file_size // 2, first + entry.file_size - 1):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+            with pytest.raises(ValueError, match="^damaged, or no PyTorch file .Bad CRC-32"):
+                common.load_checkpoint(path)
+    for cut in (len(whole) - 1, len(whole) // 2, 100, 4, 0):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match="^damaged, or no PyTorch file"):
+            common.load_checkpoint(path)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.ones(2)}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(common.load_checkpoint(path)["a"], torch.ones(2))
+
+
+def test_files_that_are_whole_and_not_read(tmp_path):
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="^a TorchScript program"):
+        common.load_checkpoint(tmp_path / "a.pth")
+    (tmp_path / "b.pth").write_bytes(bytes(257) + b"ustar")
+    with pytest.raises(ValueError, match="^a file of PyTorch before 0.2"):
+        common.load_checkpoint(tmp_path / "b.pth")
+
+
+def test_a_damaged_checkpoint_is_not_resumed(train, tmp_path, capsys):
+    train(tmp_path / "out", "--max_steps", "1")
+    path = tmp_path / "out" / "checkpoint.pth"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "out", "--max_steps", "2")
+    error = capsys.readouterr().err
+    assert "checkpoint.pth cannot be resumed: damaged, or no PyTorch file (Bad CRC-32" in error
+    assert len(error.splitlines()) == 1
 
 
 # ------------------------------------------------------------------ the scripts
@@ -464,12 +868,37 @@ def test_decoders_survive_prefixes(tmp_path):
         assert part.keys() == {"cls_token", *(decoder if prefix == "" else ())}
 
 
-@pytest.mark.parametrize("script", ["dino_mc", "mhcl", "cmid"])
+def channels_of(state, C):
+    name = "conv1.0.weight" if "conv1.0.weight" in state else "patch_embed.proj.weight"
+    return state | {name: state[name][:, :1].repeat(1, C, 1, 1)}
+
+
+@pytest.mark.parametrize("script", ["dino_mc", "mhcl", "cmid", "dspt_mae"])
 def test_pretraining_starts_from_a_public_file(train, tmp_path, capsys, script):
-    torch.save(moco(source("test_resnet")[0].state_dict()), tmp_path / "moco.pth.tar")
-    flags = ["--init", tmp_path / "moco.pth.tar", "--max_steps", "1", "--arch", "test_resnet"]
+    arch = "test_vit" if script == "dspt_mae" else "test_resnet"
+    size = {"img_size": 32, "patch_size": 8} if script == "dspt_mae" else {}
+    state = randomized(timm.create_model(arch, num_classes=0, **size)).state_dict()
+    torch.save(moco(channels_of(state, 13)), tmp_path / "moco.pth.tar")
+    flags = ["--init", tmp_path / "moco.pth.tar", "--max_steps", "1", "--arch", arch]
+    flags += ["--patch_size", "8"] * (script == "dspt_mae")
     train(tmp_path / "out", *flags, script=script)
-    assert "0 missing, 3 not used (fc.0.weight" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "0 missing, 3 not used (fc.0.weight" in output and "13 channels converted to 3" in output
+    lost = next(name for name in state if name.endswith("weight"))
+    torch.save(moco(without(state, lost)), tmp_path / "moco.pth.tar")
+    with pytest.raises(SystemExit):
+        train(tmp_path / "new", *flags, script=script)
+    assert f"1 missing ({lost})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script, more", [("eval_knn", ["--nb_knn", 1]), ("eval_linear", ["--epochs", 1])])
+def test_results_say_what_was_converted(run, scenes, tmp_path, script, more):
+    torch.save(channels_of(source("test_resnet")[0].state_dict(), 13), tmp_path / "weights.pth")
+    flags = ["--data_path", scenes, "--arch", "test_resnet", "--img_size", "32", "--output_dir", tmp_path]
+    flags += ["--weights", tmp_path / "weights.pth", "--num_workers", "0", "--device", "cpu", *more]
+    run(script, *flags)
+    line = json.loads((tmp_path / "results.jsonl").read_text())
+    assert line["loading"].endswith("; conv1.0.weight: 13 channels converted to 3")
 
 
 def test_evaluation_of_public_files(run, scenes, tmp_path):
