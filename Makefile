@@ -1,8 +1,9 @@
-# make demo: sets everything up and pre-trains on drawn scenes; make test: the tests; make lint: the linter.
+# make demo: sets everything up and pre-trains on drawn scenes; make test: the tests;
+# make soak: the long ones (kills, launchers, memory); make lint: the linter.
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: demo test lint clean
+.PHONY: demo test soak lint clean
 
 .venv/.installed: requirements.txt
 	$(PYTHON) -m venv .venv
@@ -20,6 +21,9 @@ demo: .venv/.installed
 
 test: .venv/.installed
 	$(PY) -m pytest -q
+
+soak: .venv/.installed
+	$(PY) -m pytest -q -s -m slow
 
 lint: .venv/.installed
 	.venv/bin/ruff check .

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import difflib
 import errno
-import gc
 import hashlib
 import io
 import itertools
@@ -205,7 +204,6 @@ def init_process(device: str) -> Process:
         dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank,
                                 world_size=world_size)
         cpu_group = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
-        atexit.register(_end_groups, [dist.group.WORLD, cpu_group])
     return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), cpu_group)
 
 
@@ -226,14 +224,6 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
             store.set(f"name/{other}/{store.add(f'arrivals/{other}', 0)}", name)
         time.sleep(0.05)
     return dist.PrefixStore(name, store)
-
-
-def _end_groups(groups: list[dist.ProcessGroup]) -> None:
-    # Threads of gloo take Python's lock to free tensors; one that asks for it while Python ends aborts the
-    # process. They end with their group, which DDP keeps in reference cycles until a collection. The last
-    # reference must be ours: it is dropped without that lock, else thread and process wait for each other.
-    gc.collect()
-    groups.clear()
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -353,15 +343,15 @@ def band(word: str) -> int | str:
     return int(word) if word.isdigit() else word
 
 
-def check_bands(args: argparse.Namespace) -> None:
-    """Fails where --bands contradict each other or --in_chans; sets args.in_chans, by default 3."""
+def check_bands(args: argparse.Namespace, default: int | None = 3) -> None:
+    """Fails where --bands contradict each other or --in_chans; sets args.in_chans, else to `default`."""
     if args.bands:
         words = " ".join(map(str, args.bands))
         if len({type(one) for one in args.bands}) > 1 or 0 in args.bands:
             fail(f"--bands {words}: numbers from 1, or names, not both")
         if args.in_chans not in (None, len(args.bands)):
             fail(f"--in_chans {args.in_chans}: --bands {words} are {len(args.bands)}; leave it out")
-    args.in_chans = len(args.bands) if args.bands else args.in_chans or 3
+    args.in_chans = len(args.bands) if args.bands else args.in_chans or default
 
 
 def is_named(bands: Sequence[int | str] | None) -> bool:
@@ -836,9 +826,18 @@ class PixelStats:
     std: list[float]
     sides: list[int]
 
+    def fit(self, mean: Sequence[float], std: Sequence[float]) -> bool:
+        """False where a mean is ten deviations off, or a deviation ten times too large or too small."""
+        return all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
+                   in zip(mean, std, self.mean, self.std, strict=True))
+
     def flags(self) -> str:
         """Mean and standard deviation as they can be given to a script."""
         return f"--mean {plain_decimals(self.mean)} --std {plain_decimals(self.std)}"
+
+    def words(self) -> str:
+        """Mean and standard deviation for scripts without these flags."""
+        return f"mean {plain_decimals(self.mean)}, std {plain_decimals(self.std)}"
 
 
 def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
@@ -894,9 +893,7 @@ def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float]
     if args.mean or args.std:
         if not len(args.mean or []) == len(args.std or []) == samples.in_chans:
             fail(f"--mean, --std: give {samples.in_chans} values for each, or neither")
-        fits = all(abs(m - own_m) < 10 * s and own_s < 10 * s < 100 * own_s for m, s, own_m, own_s
-                   in zip(args.mean, args.std, found.mean, found.std, strict=True))
-        if not fits:
+        if not found.fit(args.mean, args.std):
             lines.append(f"warning: --mean and --std are far from the images' own, {found.flags()}")
     elif samples.in_chans == 3 and found.dtype == torch.uint8:
         args.mean, args.std = list(mean), list(std)
@@ -1854,7 +1851,7 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
         shutil.copymode(new / "config.json", new / "model.safetensors")  # safetensors' own: the owner's alone
         folder.mkdir(exist_ok=True)
         for name in ("config.json", "model.safetensors"):
-            with open(new / name) as file:
+            with open(new / name, "rb+") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
             os.replace(new / name, folder / name)
         shutil.rmtree(new)
@@ -2126,17 +2123,24 @@ class Run:
             fail(f"--batch_size_per_gpu {args.batch_size_per_gpu}: the effective batch, "
                  f"{self.effective_batch}, is larger than the data, {samples}")
         self.total_steps = args.epochs * self.steps_per_epoch
-        self.out = make_output_dir(args.output_dir, process)
-        self._lock, self._events = None, None
-        if process.is_main:
-            self._lock = _lock(self.out)
-            self._events = _event_writer(self.out) if args.tensorboard else None
+        check_alike(process, images=images, samples=samples)
         self.identity = {"images": images, "samples": samples, "effective_batch": self.effective_batch}
-        self.saved = self._find_checkpoint(free_flags)
-        self.start_step = self.saved["step"] if self.saved else 0
+        self._lock, self._events, refused = None, None, None
+        try:
+            self.out = make_output_dir(args.output_dir, process)
+            if process.is_main:
+                self._lock = _lock(self.out)
+            self.saved = self._find_checkpoint(free_flags)
+            self.start_step = self.saved["step"] if self.saved else 0
+            if process.is_main and args.tensorboard:
+                self._events = _event_writer(self.out, self.start_step)
+        except SystemExit as error:  # often of one process alone; then the others end without a word
+            refused = error
+        if agree(process, refused is not None)[0]:
+            raise refused or SystemExit(2)
         stop_step = min(self.total_steps, args.max_steps or self.total_steps)
         self.stop_step = max(self.start_step, stop_step)  # a run that is further already has nothing to do
-        check_alike(process, images=images, samples=samples, start_step=self.start_step)
+        check_alike(process, start_step=self.start_step)
         self.unreadable, self.stopped, self._signal_seen = set(), False, False
 
     def _find_checkpoint(self, free_flags: set[str]) -> dict | None:
@@ -2145,11 +2149,12 @@ class Run:
             return None
         try:
             saved = load_checkpoint(path)
-            before = {**YOUNGER_FLAGS, **saved["args"], "samples": saved["images"],
+            before = {**saved["args"], "samples": saved["images"],
                       **{name: saved[name] for name in self.identity if name in saved}}
         except (ValueError, KeyError, TypeError) as error:
             fail(f"--output_dir: {path} cannot be resumed: {error}")
         after = {**plain(self.args), **self.identity}
+        before = {name: value for name, value in YOUNGER_FLAGS.items() if name in after} | before
         changed = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
                    for name in sorted(before.keys() | after.keys())
                    if name not in free_flags and before.get(name) != after.get(name)]
@@ -2224,6 +2229,8 @@ class Run:
                 signal.signal(number, handler)
             if self._events:
                 self._events.close()
+            if self._lock is not None:
+                os.close(self._lock)
         if self.process.is_main:
             print(f"stopped by a signal after a checkpoint; the same command resumes: {self.out}"
                   if self.stopped else f"{self.stop_step} steps done: {self.out}", flush=True)
@@ -2238,7 +2245,8 @@ class Run:
         try:
             batch, messages = next(self.batches)
         except UnreadableImageError as error:
-            fail(str(error).splitlines()[-1], 1, everywhere=True)  # before it comes the worker's traceback
+            # Of a worker's, a traceback and the name of the error come before it.
+            fail(str(error).splitlines()[-1].split("UnreadableImageError: ")[-1], 1, everywhere=True)
         self.waited += time.perf_counter() - began
         for message in set(messages) - self.unreadable:
             print(f"warning: unreadable, another image taken: {message}", file=sys.stderr, flush=True)
@@ -2261,7 +2269,7 @@ class Run:
             began = time.perf_counter()
             grid = save_grid(self.out / name, rows, self.args.mean, self.args.std, dtype)
             if self._events:
-                self._events.add_image(Path(name).stem, grid, self.step)
+                self._events.add_image(Path(name).stem, grid, self.step + 1)
             self.began += time.perf_counter() - began
 
     def end_step(self, step: int, terms: dict[str, Tensor], **values: float) -> None:
@@ -2331,17 +2339,17 @@ class Run:
 
     def _begin_log(self, header: dict) -> None:
         # Lines of later steps, from a run that was killed after its last checkpoint, go: they are done again.
-        def step(line: str) -> float:
+        def stays(line: str) -> bool:
             try:
-                return json.loads(line).get("step", 0)
-            except (json.JSONDecodeError, AttributeError):  # half a line, from a kill while it was written
-                return math.inf
+                return json.loads(line).get("step", 0) <= self.start_step
+            except (ValueError, AttributeError, TypeError):  # half a line, from a kill while it was written
+                return False
 
         path = self.out / "log.jsonl"
         with writing(path):
             old = path.read_text(errors="replace") if path.exists() and self.start_step else ""
-        kept = [line for line in old.splitlines() if step(line) <= self.start_step]
-        text = "".join(line + "\n" for line in [*kept, json.dumps(header)])
+        lines = [*filter(stays, old.splitlines()), json.dumps(header)]
+        text = "".join(line + "\n" for line in lines)
         write_atomically(path, lambda file: file.write(text.encode()))
 
     def _write_line(self, done: int, values: dict) -> None:
@@ -2372,23 +2380,25 @@ class Run:
                 return
 
 
-def _lock(out: Path) -> object:
-    # Held until this process ends, however it ends. A record lock, because workers inherit the other kind.
+def _lock(out: Path) -> int | None:
+    # A file number, to be closed after training; the kernel lets go of the lock when this process ends,
+    # however it ends. A record lock, because workers inherit the other kind.
     if fcntl is None:
         return None
     with writing(out / ".lock"):
-        file = open(out / ".lock", "w")  # noqa: SIM115
+        number = os.open(out / ".lock", os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN):  # else this file system has no locks
             fail(f"--output_dir {out}: another run is writing there; wait for it or take another folder")
-    return file
+    return number
 
 
-def _event_writer(out: Path) -> object:
+def _event_writer(out: Path, start_step: int) -> object:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         fail("--tensorboard: the package tensorboard is not installed: pip install tensorboard")
-    return SummaryWriter(str(out / "events"))
+    # As in the log, later steps of a run that was killed go.
+    return SummaryWriter(str(out / "events"), purge_step=start_step + 1)

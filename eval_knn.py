@@ -4,8 +4,8 @@ M. Caron et al., "Emerging properties in self-supervised vision transformers", I
 
     # a backbone of ours beside the two baselines that any result has to beat
     python eval_knn.py --data_path demo/data --weights demo/output image_stats random
-    # one GPU; weights of timm by name
-    python eval_knn.py --data_path EUROSAT --weights OUT resnet50.a1_in1k --img_size 224
+    # one GPU; weights of timm by name; red, green and blue of files of 13 bands
+    python eval_knn.py --data_path EUROSAT --weights OUT resnet50.a1_in1k --img_size 224 --bands 4 3 2
     # several GPUs share the images: the same figure, sooner
     python -m torch.distributed.run --nproc_per_node 4 eval_knn.py --data_path EUROSAT --weights OUT
 
@@ -21,7 +21,8 @@ each votes with weight exp(similarity / tau). Nothing is trained, so nothing is 
 
 DATA_PATH holds class folders, in train/ and val/ (or test/); without those, each class is split by
 --val_fraction and --split_seed. Beware of random splits of neighbouring tiles (EuroSAT's usual one):
-near-copies of test images are then among the training images.
+near-copies of test images are then among the training images. Images have any bands and any type of pixels
+(`--in_chans`, `--bands`); `pixel_values` says by what mean and deviation they are normalised.
 
 Differs from the authors' code:
 - all k come from one top-k over chunks of test images, so memory stays bounded; any number of classes;
@@ -35,6 +36,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,8 +67,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--val_fraction", type=number(float, lambda share: 0 < share < 1, "above 0 and below 1"), default=0.2,
         help="of each class, to test on; where there is no train/")
     add("--split_seed", type=not_negative(int), default=0, help="of that split")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    common.add_pixel_flags(add, tiles=False)
 
     add = parser.add_argument_group("model").add_argument
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
@@ -89,7 +90,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--batch_size_per_gpu", type=positive(int), default=64, help="images per forward pass")
     add("--seed", type=not_negative(int), default=0, help="of random weights")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
-    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs with it")
+    add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs and "
+        "CPUs that compute it natively")
     return parser
 
 
@@ -143,27 +145,52 @@ def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Pa
     return train, test, names, split
 
 
-class LabelledImages(torch.utils.data.Dataset):
-    """Images, the shorter side resized to 256/224 of `img_size`, then cut to it at the centre."""
+@dataclass
+class Backbone:
+    """A network to evaluate and the images that it takes."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int,
-                 bands: list[int | str] | None = None):
-        self.samples, self.img_size, self.in_chans, self.bands = samples, img_size, in_chans, bands
+    model: nn.Module  # B x C x img_size x img_size -> B x D
+    img_size: int
+    mean: Sequence[float]  # C, of the channels
+    std: Sequence[float]
+    arch: str | None  # None: image statistics
+    report: str  # where its weights come from
+    bands: list[int | str] | None = None  # see common.read_image
+    dtype: torch.dtype | None = None  # of the pixels; others are unreadable
+
+    def images(self, samples: list[tuple[str, int]]) -> common.Samples:
+        """The images of (path, class number), as its files have them."""
+        images = common.Samples([path for path, _ in samples], len(self.mean), self.bands)
+        images.dtype = self.dtype
+        return images
+
+
+class LabelledImages(torch.utils.data.Dataset):
+    """Images for a backbone, the shorter side resized to 256/224 of its size, then cut to it at the centre.
+
+    Args:
+        samples: paths and classes.
+        backbone: whose size, mean, std, bands and type of pixels they get.
+    """
+
+    def __init__(self, samples: list[tuple[str, int]], backbone: Backbone):
+        self.labels, self.images = [label for _, label in samples], backbone.images(samples)
+        self.img_size, self.mean, self.std = backbone.img_size, backbone.mean, backbone.std
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        """Returns the crop in_chans x img_size x img_size, its class (-1: unreadable), and what is wrong.
+        """Returns the normalised crop C x img_size x img_size, its class, and what is wrong.
 
-        The crop is in float: 8-bit pixels in [0, 1], others as they are.
+        Of an unreadable image that is a crop of zeros, -1, and the reason.
         """
-        path, label = self.samples[index]
         try:
-            image = common.read_image(path, self.in_chans, self.bands)
+            crop = self.crop(self.images[index])
         except common.UnreadableImageError as error:
-            return torch.zeros(self.in_chans, self.img_size, self.img_size), -1, str(error)
-        return common.to_float(self.crop(image)).contiguous(), label, ""
+            return torch.zeros(len(self.mean), self.img_size, self.img_size), -1, str(error)
+        x = common.to_float(crop, self.mean, self.std)
+        return common.normalize(x, self.mean, self.std, crop.dtype).contiguous(), self.labels[index], ""
 
     def crop(self, image: Tensor) -> Tensor:
         """The middle of the image C x H x W: C x img_size x img_size."""
@@ -190,34 +217,63 @@ class ImageStats(nn.Module):
 BASELINES = ("random", "image_stats")
 
 
-@dataclass
-class Backbone:
-    """A network to evaluate and the images that it takes."""
+def prepare(args: argparse.Namespace, process: Process, train: list, drop_path: float = 0) -> list[Backbone]:
+    """Builds and fills the backbone of each of --weights; a baseline takes after the first of the others.
 
-    model: nn.Module  # B x C x img_size x img_size -> B x D
-    img_size: int
-    mean: tuple[float, ...]  # C, of the channels
-    std: tuple[float, ...]
-    arch: str | None  # None: image statistics
-    report: str  # where its weights come from
-
-
-def prepare(args: argparse.Namespace, drop_path: float = 0) -> list[Backbone]:
-    """Builds and fills the backbone of each of --weights; a baseline takes after the first of the others."""
+    Sets args.in_chans: as given, or as many as --bands, or as the first weights have, else 3. `train`: the
+    training images, whose pixels are looked at.
+    """
     sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
                if name not in BASELINES}
-    borrowed = {}, next((info for _, info in sources.values()), {})
-    return [_prepare(name, *sources.get(name, borrowed), args, drop_path) for name in args.weights]
+    borrowed = next((info for _, info in sources.values()), {})
+    common.check_bands(args, len(borrowed.get("mean", common.IMAGENET_MEAN)))
+    samples = common.Samples([path for path, _ in train], args.in_chans, args.bands)
+    found = common.measure_pixels(samples, 32)
+    if args.in_chans != 3 or found.dtype != torch.uint8:
+        found = common.measure_pixels(samples)  # the values may serve
+    values = {name: pixel_values(name, info, found, process) for name, (_, info) in sources.items()}
+    values = values or {"": pixel_values("", {}, found, process)}
+    usual = next(iter(values.values()))
+    if process.is_main and any(mean is found.mean for mean, _ in values.values()):
+        print(f"measured on some training images: {found.words()}")
+    backbones = []
+    for name in args.weights:
+        state, info = sources.get(name, ({}, borrowed))
+        backbones.append(build(name, state, info, *values.get(name, usual), found.dtype, args, drop_path))
+    return backbones
 
 
-def _prepare(name: str, state: dict, info: dict, args: argparse.Namespace, drop_path: float) -> Backbone:
-    # `info` is what is known of arch, patch_size, img_size, mean and std of the weights `state`.
+def pixel_values(name: str, info: dict, found: common.PixelStats,
+                 process: Process) -> tuple[Sequence[float], Sequence[float]]:
+    """Mean and std of each channel to normalise by.
+
+    The weights' own, where `info` has them; else ImageNet's for 8-bit RGB; else those `found` in the images.
+    The weights' own bring a warning where they are far from those found. For other than 8-bit pixels, of
+    which to_float keeps three deviations, they would leave nothing then, and those found are taken.
+    """
+    mean, std, eight_bit = info.get("mean", ()), info.get("std", ()), found.dtype == torch.uint8
+    if len(mean) == len(found.mean):
+        fit = found.fit(mean, std)
+        if not fit and process.is_main:
+            print(f"warning: mean and std of {name} are far from the images' own, {found.words()}"
+                  + ", which are taken" * (not eight_bit), file=sys.stderr)
+        if fit or eight_bit:
+            return mean, std
+    elif eight_bit and len(found.mean) == 3:
+        return common.IMAGENET_MEAN, common.IMAGENET_STD
+    return found.mean, found.std
+
+
+def build(name: str, state: dict, info: dict, mean: Sequence[float], std: Sequence[float],
+          dtype: torch.dtype | None, args: argparse.Namespace, drop_path: float = 0) -> Backbone:
+    """Builds the network of the weights `name` and fills it from `state`, of which `info` is known."""
     built_size = info.get("img_size", 224)  # a side, or height and width
     img_size = args.img_size or min(to_2tuple(built_size))
-    mean, std = info.get("mean", common.IMAGENET_MEAN), info.get("std", common.IMAGENET_STD)
     if name == "image_stats":
-        C = len(mean)
-        return Backbone(ImageStats(), img_size, (0.0,) * C, (1.0,) * C, None, "image_stats: mean and std")
+        if dtype == torch.uint8:  # the colours as they are
+            mean, std = (0.0,) * len(mean), (1.0,) * len(std)
+        report = "image_stats: mean and std"
+        return Backbone(ImageStats(), img_size, mean, std, None, report, args.bands, dtype)
     arch = args.arch or info.get("arch")
     if arch is None:
         common.fail(f"--weights {name}: give its --arch")
@@ -232,7 +288,7 @@ def _prepare(name: str, state: dict, info: dict, args: argparse.Namespace, drop_
         report = common.load_backbone(model, state, name, args.allow_partial)
     if img_size % (multiple := common.patch_multiple(model)):
         common.fail(f"--img_size {img_size}: no multiple of the patch, {multiple}")
-    return Backbone(model, img_size, mean, std, arch, f"{arch}: {report}")
+    return Backbone(model, img_size, mean, std, arch, f"{arch}: {report}", args.bands, dtype)
 
 
 def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,9 +315,8 @@ def extract_features(backbone: Backbone, dataset: torch.utils.data.Dataset, args
     features, labels, unreadable = [], [], []
     quiet = not (process.is_main and sys.stderr.isatty())
     for images, label, message in tqdm(loader, "features", leave=False, disable=quiet):
-        x = common.normalize(images.to(process.device, non_blocking=True), backbone.mean, backbone.std)
         with autocast:
-            features.append(model(x).float().cpu())
+            features.append(model(images.to(process.device, non_blocking=True)).float().cpu())
         labels.append(label)
         unreadable += filter(None, message)
     for message in unreadable:
@@ -334,8 +389,7 @@ def evaluate(backbone: Backbone, train: list, test: list, C: int, args: argparse
              process: Process) -> dict:
     """Top-1 in percent for each k, and with --per_class that of each class at the first k."""
     (train_x, train_y), (test_x, test_y) = (
-        extract_features(backbone, LabelledImages(part, backbone.img_size, len(backbone.mean)), args, process)
-        for part in (train, test))
+        extract_features(backbone, LabelledImages(part, backbone), args, process) for part in (train, test))
     if isinstance(backbone.model, ImageStats):
         center, spread = center_and_spread(train_x)
         train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
@@ -359,16 +413,18 @@ def evaluate(backbone: Backbone, train: list, test: list, C: int, args: argparse
 def main() -> None:
     """Checks everything, then evaluates each of the weights."""
     args = get_parser().parse_args()
+    common.check_bands(args, None)
     process = common.init_process(args.device)
-    common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
+    common.autocast(args.amp, process.device)  # before a network is built, whose attention it chooses
     out = common.make_output_dir(args.output_dir, process)
-    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
+    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed, out,
+                                             args.bands)
     common.check_alike(process, training_images=len(train), test_images=len(test))
     ks = choose_ks(args.nb_knn, len(train), "training images")
     if process.is_main and args.nb_knn is None and ks != NB_KNN:
         left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
         print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
-    backbones = prepare(args)
+    backbones = prepare(args, process, train)
 
     lines, versions = [], common.versions()
     for name, backbone in zip(args.weights, backbones, strict=True):
@@ -378,7 +434,8 @@ def main() -> None:
         result = evaluate(backbone, train, test, len(classes), args, process)
         lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
-                      "split": split, "img_size": backbone.img_size, "temperature": args.temperature,
+                      "split": split, "in_chans": args.in_chans, "bands": args.bands,
+                      "img_size": backbone.img_size, "temperature": args.temperature,
                       "amp": args.amp, "seed": args.seed, "loading": backbone.report, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
@@ -403,8 +460,13 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
     print(" " * width + "".join(f"{'k ' + k:>9}" for k in lines[0]["top1"]))
     for line in lines:
         print(f"{line['weights']:{width}}" + "".join(f"{value:9.2f}" for value in line["top1"].values()))
+    print_classes(f"per class at k {next(iter(lines[0]['top1']))}", lines, classes)
+
+
+def print_classes(title: str, lines: list[dict], classes: list[str]) -> None:
+    """The figures of each class, with --per_class: a column for each of the weights."""
     if "per_class" in lines[0]:
-        print(f"\nper class at k {next(iter(lines[0]['top1']))}")
+        print(f"\n{title}")
         for i, name in enumerate(classes):
             values = [line["per_class"][i] for line in lines]
             print(f"  {name:24}" + "".join(f"{'-':>9}" if v is None else f"{v:9.2f}" for v in values))

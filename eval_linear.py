@@ -26,7 +26,11 @@ with `--protocol paper` in each epoch from new crops, and heads are trained on t
 head is trained for each, on 80 % of the training images of each class; the learning rate of the best on the
 other 20 % trains a head on all of them; then the test images are looked at, once. A ViT's feature is the
 class tokens of its last `--n_last_blocks`, that of other nets the pooled last map. `--finetune` trains the
-backbone too, on all training images; the last epoch counts.
+backbone too, on all training images; the last epoch counts. With `--avgpool`, as MAE and CSPT do it, a ViT's
+feature is then its mean patch token behind a fresh norm. Images: as eval_knn.py takes them.
+
+Differs from MAE's fine-tuning: without `--avgpool` a ViT's last norm has the learning rate of its last block,
+theirs that of the head.
 
 In OUT: results.jsonl gets a line for each of the weights, with top-1 and macro precision, recall and F1; of
 the first of them (but image_stats) there are head.pth, backbone/ and confusion.png (rows: true class,
@@ -64,10 +68,12 @@ from eval_knn import (
     ImageStats,
     LabelledImages,
     append_result,
+    build,
     center_and_spread,
     extract_features,
     load_split,
     prepare,
+    print_classes,
 )
 
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
@@ -76,8 +82,8 @@ HELD_OUT = 0.2  # of the training images of each class, to choose the learning r
 FINETUNE_FLAGS = (
     "drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr warmup_epochs "
     "weight_decay layer_decay compile save_every save_minutes log_every max_steps tensorboard").split()
-FROZEN_FLAGS = "protocol augment_passes n_last_blocks avgpool lrs schedule batch_size".split()
-EVALUATION_FLAGS = "finetune checkpoint_key epochs per_class val_fraction split_seed".split()
+FROZEN_FLAGS = "protocol augment_passes n_last_blocks lrs schedule batch_size".split()
+EVALUATION_FLAGS = "finetune avgpool checkpoint_key epochs per_class val_fraction split_seed".split()
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
 
 # --------------------------------------------------------------------------------------------------
@@ -97,8 +103,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="of each class, to test on; where there is no train/")
     add("--split_seed", type=not_negative(int), default=0, help="of that split, and of the part that a rate "
         "is chosen on")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    common.add_pixel_flags(add, tiles=False)
 
     add = parser.add_argument_group("model").add_argument
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
@@ -117,7 +122,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--augment_passes", type=not_negative(int), default=0, help="K; features of random crops, computed "
         "once, in turn; 0: centre crops")
     add("--n_last_blocks", type=positive(int), help="class tokens of so many blocks of a ViT; default: 4")
-    add("--avgpool", action=yes_no, default=False, help="add the mean patch token of a ViT; for MAE")
+    add("--avgpool", action=yes_no, default=False, help="mean patch token of a ViT; frozen: beside the "
+        "class tokens, --finetune: in their place, behind a fresh norm. For MAE")
     for name, usual in (("mixup", ".8"), ("cutmix", "1")):
         add(f"--{name}", type=not_negative(float), default=0.0, help=f"alpha of {name} in --finetune; "
             f"{usual} in CMID and DSPT")
@@ -163,6 +169,7 @@ def changed_flags(args: argparse.Namespace) -> dict:
 def check_args(args: argparse.Namespace) -> None:
     """Refuses flags that contradict each other, before any work; puts in what depends on others."""
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 5, args.epochs)
+    common.check_bands(args, None)
     if (args.data_path is None) == (args.predict is None):
         common.fail("--data_path or --predict: give one of the two")
     if args.schedule and max(args.schedule) >= args.epochs:
@@ -202,13 +209,12 @@ def random_crop(image: Tensor, img_size: int) -> Tensor:
 class CropsOfPass(LabelledImages):
     """As LabelledImages, with random crops, drawn from (seed, number of the pass, index) alone."""
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, seed: int, number: int,
-                 bands: list[int | str] | None = None):
-        super().__init__(samples, img_size, in_chans, bands)
+    def __init__(self, samples: list[tuple[str, int]], backbone: Backbone, seed: int, number: int):
+        super().__init__(samples, backbone)
         self.seed, self.number = seed, number
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        """Returns the crop in float, its class (-1: unreadable), and what is wrong."""
+        """Returns the normalised crop, its class (-1: unreadable), and what is wrong."""
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "probe", self.number, index))
         return super().__getitem__(index)
 
@@ -222,39 +228,33 @@ class FinetuneImages(torch.utils.data.Dataset):
 
     Args:
         samples: paths and classes.
-        img_size: side of the crop.
-        in_chans: channels.
+        backbone: whose size, bands and type of pixels they get.
         rand_augment: strength of RandAugment's two operations, from 0 (none) to 10.
         seed: of the run.
-        bands: see common.read_image.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], img_size: int, in_chans: int, rand_augment: float,
-                 seed: int, bands: list[int | str] | None = None):
-        self.samples, self.img_size, self.in_chans, self.seed = samples, img_size, in_chans, seed
-        self.bands = bands
-        self.augment = None
+    def __init__(self, samples: list[tuple[str, int]], backbone: Backbone, rand_augment: float, seed: int):
+        self.labels, self.images = [label for _, label in samples], backbone.images(samples)
+        self.img_size, self.seed, self.augment = backbone.img_size, seed, None
         if rand_augment:
-            self.augment = RandAugment(2, round(100 * rand_augment), 1001, fill=[127.0] * in_chans)
+            fill = [127.0] * len(backbone.mean)
+            self.augment = RandAugment(2, round(100 * rand_augment), 1001, fill=fill)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        """Returns the crop C x img_size x img_size and its class."""
+        """Returns the crop C x img_size x img_size, of the file's type, and its class."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
-        path, label = self.samples[index]
-        crop = random_crop(common.read_image(path, self.in_chans, self.bands), self.img_size)
+        crop = random_crop(self.images[index], self.img_size)
         if self.augment:
-            if crop.dtype != torch.uint8:
-                raise common.UnreadableImageError(f"{path}: --rand_augment is for 8-bit pixels")
             crop = self.augment(crop)
-        return crop.contiguous(), label
+        return crop.contiguous(), self.labels[index]
 
 
 def erase_and_mix(images: Tensor, targets: Tensor, C: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    """Boxes of noise in images B x in_chans x H x W, then mixup or cutmix of the batch, as args ask for.
+    """Boxes of noise in images B x bands x H x W, then mixup or cutmix of the batch, as args ask for.
 
     Targets are B classes; those of mixed images come back as B x C shares.
     """
@@ -308,6 +308,21 @@ def with_features(backbone: Backbone, name: str, n_last_blocks: int | None, avgp
     if (n_last_blocks or avgpool) and not isinstance(vit, ImageStats):
         common.fail(f"--n_last_blocks, --avgpool: {name} is no ViT with a class token, or has fc_norm")
     return backbone
+
+
+def use_patch_tokens(vit: nn.Module) -> str:
+    """Turns a ViT's feature into fc_norm(mean of the patch tokens), as timm's global_pool="avg" builds it.
+
+    Returns words for the report; a ViT that has an fc_norm already stays as it is.
+    """
+    if not isinstance(vit, VisionTransformer) or isinstance(vit.norm, type(vit.fc_norm)):  # one is Identity
+        common.fail(f"--avgpool: with --finetune only for a ViT with a last norm, not {type(vit).__name__}")
+    if not isinstance(vit.fc_norm, nn.Identity):
+        return "; --avgpool: it has fc_norm already"
+    vit.fc_norm, vit.norm, vit.attn_pool = vit.norm, nn.Identity(), None
+    vit.fc_norm.reset_parameters()
+    vit.global_pool = vit.model_args["global_pool"] = "avg"
+    return "; --avgpool: the mean patch token, behind fc_norm, which starts fresh; norm is not used"
 
 
 def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Tensor, C: int,
@@ -423,8 +438,7 @@ class TrainingFeatures:
         # Passes over random crops; 0: heads learn from the centre crops.
         self.K = args.epochs if args.protocol == "paper" else args.augment_passes
         self.passes = {}
-        dataset = LabelledImages(samples, backbone.img_size, len(backbone.mean))
-        x, labels = extract_features(backbone, dataset, args, process)
+        x, labels = extract_features(backbone, LabelledImages(samples, backbone), args, process)
         self.center, self.spread = center_and_spread(x) if isinstance(backbone.model, ImageStats) else (0, 1)
         self.x, self.labels = self.standardise(x), labels.clone().to(process.device)
 
@@ -440,8 +454,7 @@ class TrainingFeatures:
         if number not in self.passes:
             if self.args.protocol == "paper":
                 self.passes.clear()  # each serves one epoch
-            size, in_chans = self.backbone.img_size, len(self.backbone.mean)
-            crops = CropsOfPass(self.samples, size, in_chans, self.args.seed, number)
+            crops = CropsOfPass(self.samples, self.backbone, self.args.seed, number)
             x, labels = extract_features(self.backbone, crops, self.args, self.process)
             if not torch.equal(labels, self.labels.cpu()):
                 common.fail("other images are readable than before", code=1)
@@ -472,8 +485,7 @@ def probe(backbone: Backbone, train: list, test: list, C: int, args: argparse.Na
         results, confusion matrix of the test images, weight C x D and bias C of the head.
     """
     features = TrainingFeatures(backbone, train, args, process)
-    dataset = LabelledImages(test, backbone.img_size, len(backbone.mean))
-    test_x, test_labels = extract_features(backbone, dataset, args, process)
+    test_x, test_labels = extract_features(backbone, LabelledImages(test, backbone), args, process)
     lr, choice = choose_lr(features, C, args) if len(args.lrs) > 1 else (args.lrs[0], {})
     everything = torch.arange(len(features.labels), device=process.device)
     W, b = train_heads(features.at, features.labels, everything, C, [lr], args)
@@ -492,9 +504,9 @@ def probe(backbone: Backbone, train: list, test: list, C: int, args: argparse.Na
 def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, process: Process) -> bool:
     """Trains backbone and head, a timm model of C classes, in place; True when all epochs are done."""
     # Data
-    in_chans = len(backbone.mean)
-    if args.rand_augment and in_chans not in (1, 3):
-        common.fail(f"--rand_augment {args.rand_augment}: only for 1 and 3 channels, not {in_chans}")
+    if args.rand_augment and (len(backbone.mean) not in (1, 3) or backbone.dtype != torch.uint8):
+        common.fail(f"--rand_augment {args.rand_augment:g}: only for 8-bit images of 1 or 3 bands, these are "
+                    f"{str(backbone.dtype).removeprefix('torch.')} of {len(backbone.mean)}")
     run = common.Run(args, process, samples=len(train), images=len(train), free_flags=FREE_FLAGS)
 
     # Network
@@ -510,7 +522,7 @@ def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, 
         model.compile()
     network = common.distributed(model, process)
 
-    loader = run.loader(FinetuneImages(train, backbone.img_size, in_chans, args.rand_augment, args.seed))
+    loader = run.loader(FinetuneImages(train, backbone, args.rand_augment, args.seed))
     base_lr = args.lr * run.effective_batch / 256
     warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
     for step in run.steps(loader, init, scaled_lr=base_lr):
@@ -519,8 +531,9 @@ def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, 
         terms = []
 
         for micro in range(args.accum_steps):
-            images, targets = run.fetch()  # B x in_chans x H x W, B
-            images = common.normalize(common.to_float(images), backbone.mean, backbone.std)
+            crops, targets = run.fetch()  # B x bands x H x W, B
+            images = common.to_float(crops, backbone.mean, backbone.std)
+            images = common.normalize(images, backbone.mean, backbone.std, crops.dtype)
             # The draws of erasing, mixing and drop path.
             torch.manual_seed(common.stream_seed(args.seed, "mix", step, micro, process.rank))
             images, targets = erase_and_mix(images, targets, C, args)
@@ -552,6 +565,8 @@ def run_finetune(backbone: Backbone, train: list, test: list, C: int, args: argp
         results, confusion matrix, weight and bias of the head; None when it was stopped before the end.
     """
     model = backbone.model
+    if args.avgpool:
+        backbone.report += use_patch_tokens(model)
     torch.manual_seed(args.seed)
     model.reset_classifier(C)
     head = model.get_classifier()
@@ -561,8 +576,7 @@ def run_finetune(backbone: Backbone, train: list, test: list, C: int, args: argp
     nn.init.zeros_(head.bias)
     if not finetune(backbone, train, C, args, process):
         return None
-    dataset = LabelledImages(test, backbone.img_size, len(backbone.mean))
-    logits, labels = extract_features(backbone, dataset, args, process)
+    logits, labels = extract_features(backbone, LabelledImages(test, backbone), args, process)
     result = {"lr": args.lr, "train_images": len(train), "test_images": len(labels)}
     weights = head.weight.detach().cpu(), head.bias.detach().cpu()
     model.cpu().reset_classifier(0)
@@ -583,18 +597,23 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
         head = common.load_checkpoint(source / "head.pth")
     except ValueError as error:
         common.fail(f"--weights {source}: head.pth: {error}")
-    args.img_size = args.img_size or head.get("img_size")  # older heads have none
-    args.weights = [str(source / "backbone")]  # as it lies beside the head
-    (backbone,) = prepare(args)
+    # Older heads have neither size nor bands and type of pixels.
+    args.img_size, args.bands = args.img_size or head.get("img_size"), args.bands or head.get("bands")
+    dtype = {"uint8": torch.uint8, "float32": torch.float32}.get(head.get("dtype"))
+    name = str(source / "backbone")  # as it lies beside the head
+    state, info = common.read_weights(name)
+    common.check_bands(args, len(info["mean"]))
+    if args.in_chans != len(info["mean"]):
+        common.fail(f"--in_chans {args.in_chans}: {source} learned from {len(info['mean'])} bands")
+    backbone = build(name, state, info, info["mean"], info["std"], dtype, args)
     if head["n_last_blocks"]:
         backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
-    paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
+    paths = common.list_images(args.predict, flag="--predict", bands=args.bands)
     common.check_alike(process, images=len(paths))
     if process.is_main:
         print(backbone.report)
     samples = [(path, i) for i, path in enumerate(paths)]
-    dataset = LabelledImages(samples, backbone.img_size, len(backbone.mean))
-    x, index = extract_features(backbone, dataset, args, process, may_lose=1.0)
+    x, index = extract_features(backbone, LabelledImages(samples, backbone), args, process, may_lose=1.0)
     probability, label = (x @ head["weight"].T + head["bias"]).softmax(1).max(1)
     if process.is_main:
         text = io.StringIO()
@@ -623,12 +642,7 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
     for line in lines:
         print(f"{line['weights']:{width}}" + "".join(f"{line[name]:11.2f}" for name in names)
               + f"{line['lr']:9g}")
-    if "per_class" in lines[0]:
-        print("\ntop-1 of each class")
-        for i, name in enumerate(classes):
-            values = [line["per_class"][i] for line in lines]
-            print(f"  {name:24}" + "".join(f"{'-':>9}" if v is None else f"{v:9.2f}" for v in values))
-    print()
+    print_classes("top-1 of each class", lines, classes)
 
 
 def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple[Tensor, Tensor],
@@ -638,6 +652,7 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
     `features` is the model whose features the head takes: the backbone's own, or LastBlocks of it.
     """
     head = {"weight": weights[0], "bias": weights[1], "classes": classes, "img_size": backbone.img_size,
+            "bands": backbone.bands, "dtype": str(backbone.dtype).removeprefix("torch."),
             "n_last_blocks": getattr(features, "n_last_blocks", 0),
             "avgpool": getattr(features, "avgpool", False)}
     size = backbone.model.built_for  # of a ViT: that of its positions
@@ -647,14 +662,16 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
 
 def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     """Probes or fine-tunes each of --weights, and writes the results."""
-    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed)
+    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed, out,
+                                             args.bands)
     common.check_alike(process, training_images=len(train), test_images=len(test))
-    backbones = prepare(args, args.drop_path)
+    backbones = prepare(args, process, train, args.drop_path)
 
     lines, versions, task = [], common.versions(), "finetune" if args.finetune else f"linear, {args.protocol}"
     # Of the free flags these may change figures a little.
     free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps", "compile"}
-    free |= {"weights", "checkpoint_key", "arch", "img_size", "split_seed", "seed", "finetune"}
+    free |= {"weights", "checkpoint_key", "arch", "img_size", "in_chans", "bands", "split_seed", "seed",
+             "finetune"}
     settings = {name: value for name, value in changed_flags(args).items() if name not in free}
     kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
     trained = backbones
@@ -685,7 +702,8 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
             save_head(out, backbone, model.model, head, classes)
         lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "data": args.data_path, "split": split,
-                      "img_size": backbone.img_size, "seed": args.seed, "settings": settings,
+                      "in_chans": args.in_chans, "bands": args.bands, "img_size": backbone.img_size,
+                      "seed": args.seed, "settings": settings,
                       "loading": backbone.report, **result, **figures,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
@@ -700,7 +718,7 @@ def main() -> None:
     args = get_parser().parse_args()
     check_args(args)
     process = common.init_process(args.device)
-    common.autocast_dtype(args.amp, process.device)  # refuses what the device lacks
+    common.autocast(args.amp, process.device)  # before a network is built, whose attention it chooses
     out = common.make_output_dir(args.output_dir, process)
     if args.predict:
         predict(args, process, out)

@@ -1,7 +1,8 @@
-"""Fixtures: small scene images, and the scripts run inside this process."""
+"""Fixtures: small scene images, and the scripts run inside this process or in processes of their own."""
 
 import atexit
 import contextlib
+import importlib
 import json
 import math
 import multiprocessing
@@ -17,13 +18,6 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 
-import cmid
-import common
-import dino_mc
-import dspt_mae
-import eval_knn
-import eval_linear
-import mhcl
 from demo.scenes import write_dataset
 
 # One thread, here and in the processes that tests start: runs are equal to the last bit only with equal
@@ -33,7 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).parent.parent
 # What a tiny run needs; `test_vit` and `test_resnet` are timm's own miniature models.
 SMALL = "--img_size 32 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1".split()
-SMALL += ["--num_workers", "0", "--device", "cpu"]
+SMALL += ["--num_workers", "0", "--device", "cpu", "--amp", "off"]
 METHOD = {
     "dino_mc": "--out_dim 64 --local_crops_number 2".split(),
     "mhcl": "--moco_k 16 --bn_groups 2".split(),
@@ -41,6 +35,7 @@ METHOD = {
     "dspt_mae": "--decoder_dim 32 --decoder_depth 1 --decoder_heads 2".split(),
 }
 TRAINING = list(METHOD)
+SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem != "common")
 METHOD["eval_linear"] = "--finetune --weights random".split()
 ARCH = {script: "--arch test_vit --patch_size 8".split() for script in ("dino_mc", "dspt_mae", "eval_linear")}
 
@@ -68,18 +63,11 @@ def scenes(tmp_path_factory):
 
 @pytest.fixture
 def run(monkeypatch):
-    """Runs a script's main() with the given flags; signal handlers are put back."""
-    handlers = {number: signal.getsignal(number) for number in common.STOP_SIGNALS}
+    """Runs a script's main() with the given flags."""
 
     def main(script, *flags):
-        modules = (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)
-        module = {module.__name__: module for module in modules}[script]
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, flags)])
-        try:
-            module.main()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        importlib.import_module(script).main()
 
     return main
 
@@ -95,26 +83,16 @@ def train(run, scenes):
     return main
 
 
-def launch(*command, processes=1, **kwargs):
-    """Starts a script as a user does, in a process of its own."""
-    start = (
-        [sys.executable]
-        if processes == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    )
-    return subprocess.Popen(
-        [*start, *map(str, command)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
+def launch(*command):
+    """Starts Python as a user does, in a process of its own."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=environment, **pipes)
 
 
 # Scripts start here in copies of one process that has imported everything: seconds sooner than anew.
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload([*TRAINING, "eval_knn", "eval_linear", "pytest", "conftest"])
+server.set_forkserver_preload(["mhcl", "pytest", "demo.scenes"])
 
 
 def free_port():
@@ -137,15 +115,15 @@ def _main(script, flags, environment, output, prepare):
     if prepare:
         prepare[0](*prepare[1:])
     try:
-        __import__(script).main()
+        importlib.import_module(script).main()
     finally:
         atexit._run_exitfuncs()  # multiprocessing would not
 
 
-class Run:
-    """A script's main() in one or several processes of their own, with the processes of a launcher.
+class Start:
+    """A script's main() in one or several processes of their own, with the environment of a launcher.
 
-    `prepare`: (function, *arguments), called in the process of rank 0 before main().
+    `prepare`: (function, *arguments), called in each process before main().
     `last`: more flags for the last process.
     """
 
@@ -159,7 +137,6 @@ class Run:
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             words = [*flags, *last] if rank == processes - 1 else flags
             process = server.Process(target=_main, args=(script, words, own, output, prepare))
-            prepare = None
             process.start()
             self.processes.append(process)
             self.outputs.append(output)
@@ -169,9 +146,9 @@ class Run:
         codes = [process.exitcode for process in self.processes]
         return None if all(code is None for code in codes) else codes
 
-    def signal(self, number):
-        """To all processes and their workers, as from a scheduler or Ctrl-C."""
-        for process in self.processes:
+    def signal(self, number, processes=None):
+        """To all processes and their workers, as from a scheduler or Ctrl-C; or to some."""
+        for process in processes or self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, number)
 
@@ -197,13 +174,20 @@ class Run:
 
 def wait_for(process, log, step, seconds=60):
     """Waits until the log has a line of at least `step`."""
-    for _ in range(10 * seconds):
+    for _ in range(50 * seconds):
         assert process.poll() is None, process.text() if hasattr(process, "text") else process.communicate()
-        lines = log.read_text().splitlines() if log.exists() else []
-        if any('"step"' in line and json.loads(line).get("step", 0) >= step for line in lines[:-1]):
+        text = log.read_text() if log.exists() else ""
+        if any(
+            line.get("step", 0) >= step for line in map(json.loads, text.splitlines()[: text.count("\n")])
+        ):
             return
-        time.sleep(0.1)
+        time.sleep(0.02)
     raise AssertionError("no progress")
+
+
+def read_log(out):
+    """The lines of a run's log, headers too."""
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
 def warm_cosine():

@@ -1,25 +1,20 @@
-"""The scripts as a user starts them: help, flags, bad input, signals, damaged files."""
+"""The scripts as a user starts them: help, flags, a whole tiny run, bad input."""
 
 import argparse
-import json
+import importlib
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
+import timm
 import torch
-from conftest import ROOT, TRAINING, launch, tiny
+from conftest import SCRIPTS, TRAINING, assert_same, assert_same_state, launch, read_log, tiny
 
-import cmid
 import common
-import dino_mc
-import dspt_mae
-import eval_knn
-import eval_linear
-import mhcl
 
-SCRIPTS = {module.__name__: module for module in (dino_mc, mhcl, cmid, dspt_mae, eval_knn, eval_linear)}
+
+def parser_of(script):
+    return importlib.import_module(script).get_parser()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -28,13 +23,12 @@ def test_help_lists_every_flag(run, capsys, script):
         run(script, "--help")
     out = capsys.readouterr().out
     assert stop.value.code == 0 and "--output_dir" in out and "--seed" in out
-    for action in SCRIPTS[script].get_parser()._actions:
+    for action in parser_of(script)._actions:
         assert action.option_strings[0] in out and action.help
 
 
-@pytest.mark.parametrize("script", ["dino_mc", "demo/scenes"])
-def test_help_of_a_script_started_as_users_do(script):
-    out, err = launch(f"{script}.py", "--help").communicate(timeout=120)
+def test_help_of_a_script_started_as_users_do():
+    out, err = launch("demo/scenes.py", "--help").communicate(timeout=120)
     assert "--output_dir" in out and "--seed" in out and not err
 
 
@@ -45,21 +39,100 @@ def example(action):
     if action.choices:
         value = next(choice for choice in action.choices if choice != action.default)
         return [action.option_strings[0], str(value)], value
-    value = {int: 7, float: 0.125, None: "word"}[action.type]
-    if action.nargs is None:
-        return [action.option_strings[0], str(value)], value
+    for value in (7, 0.125, "word"):  # a whole number, a number or a text
+        try:
+            right = (action.type or str)(str(value)) == value
+        except (ValueError, argparse.ArgumentTypeError):
+            continue
+        if right:
+            break
     count = action.nargs if isinstance(action.nargs, int) else 2
-    return [action.option_strings[0], *[str(value)] * count], [value] * count
+    values = value if action.nargs is None else [value] * count
+    return [action.option_strings[0], *[str(value)] * (1 if action.nargs is None else count)], values
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_survives_from_a_string(script):
-    actions = [action for action in SCRIPTS[script].get_parser()._actions if action.dest != "help"]
+    actions = [action for action in parser_of(script)._actions if action.dest != "help"]
     words = [word for action in actions for word in example(action)[0]]
-    args = SCRIPTS[script].get_parser().parse_args(words)
+    args = parser_of(script).parse_args(words)
     for action in actions:
         assert getattr(args, action.dest) == example(action)[1] != action.default, action.dest
         assert action.type is not bool
+
+
+MAY_BE_NEGATIVE = {"mean"}  # of pixels in decibels
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbers_out_of_range_are_refused_by_the_parser(capsys, script):
+    """Each flag that takes numbers, with numbers that it cannot have and a word."""
+    required = [
+        word
+        for action in parser_of(script)._actions
+        if action.required
+        for word in (action.option_strings[0], "x")
+    ]
+    tried = 0
+    for action in parser_of(script)._actions:
+        if action.choices or isinstance(example(action)[1], str) or not action.type:
+            continue
+        if action.dest == "bands":  # takes names too
+            continue
+        count = action.nargs if isinstance(action.nargs, int) else 1
+        for value in ("-1", "inf", "nan", "many"):
+            if action.dest in MAY_BE_NEGATIVE and value == "-1":
+                continue
+            flag, tried = action.option_strings[0], tried + 1
+            with pytest.raises(SystemExit) as stop:
+                parser_of(script).parse_args([*required, flag, *[value] * count])
+            error = capsys.readouterr().err
+            assert stop.value.code == 2 and re.fullmatch(rf"error: {flag} {value}: must be .+\n", error), (
+                error
+            )
+    assert tried >= 12
+
+
+# ------------------------------------------------------------------ one tiny run of each
+
+
+PICTURES = {"cmid": ["reconstruction.png", "views.png"], "dspt_mae": ["reconstruction.png", "views.png"]}
+PICTURES |= {"dino_mc": ["views.png"], "mhcl": ["views.png"], "eval_linear": []}
+
+
+@pytest.mark.parametrize("script", [*TRAINING, "eval_linear"])
+def test_script_trains_resumes_and_exports(run, scenes, tmp_path, script):
+    """The unbroken run and one that was resumed end bit for bit alike, with workers or without."""
+    base = ["--data_path", scenes if script == "eval_linear" else scenes / "train", *tiny(script)]
+    base += ["--log_every", 1, "--accum_steps", 2, "--save_every", 100, "--epochs", 10, "--max_steps"]
+    run(script, *base, 5, "--output_dir", tmp_path / "a", "--num_workers", 2)
+    for steps in (2, 5):
+        run(script, *base, steps, "--output_dir", tmp_path / "b")
+    a, b = (common.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ab")
+    assert_same_state(a, b)
+    header, *lines = read_log(tmp_path / "a")
+    assert header["effective_batch"] == 8 and [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert {"loss", "grad_norm", "lr", "images_per_s", "data_seconds", "unreadable"} <= lines[-1].keys()
+    assert sorted(path.name for path in (tmp_path / "a").glob("*.png")) == PICTURES[script]
+    if script != "eval_linear":  # exported after the last of all steps
+        folder = tmp_path / "a"
+        exported = timm.create_model(
+            f"local-dir:{folder}/backbone", pretrained=True, num_classes=0
+        ).state_dict()
+        state, _ = common.read_weights(str(folder / "checkpoint.pth"))
+        assert_same({name: state[name] for name in exported}, dict(exported))
+
+
+@pytest.mark.parametrize("script", TRAINING)
+def test_bf16_is_close_to_full_precision_and_another(train, tmp_path, script):
+    losses = {}
+    for amp in ("off", "bf16"):
+        train(tmp_path / amp, "--amp", amp, "--max_steps", "2", "--log_every", "1", script=script)
+        losses[amp] = [line["loss"] for line in read_log(tmp_path / amp) if "step" in line]
+    assert losses["bf16"] == pytest.approx(losses["off"], rel=0.02) and losses["bf16"] != losses["off"]
+
+
+# ------------------------------------------------------------------ bad input: one line, before any work
 
 
 BAD_TRAINING = [
@@ -69,14 +142,7 @@ BAD_TRAINING = [
     (["--arch", "resnet19"], "--arch resnet19: timm has no such model; close: resnet1"),
     (["--batch_size_per_gpu", "31"], "31: the effective batch, 31, is larger than the data, 30"),
     (["--batch_size_per_gpu", "8", "--accum_steps", "4"], "the effective batch, 32, is larger"),
-    (["--img_size", "64"], "--img_size 64: most images are smaller; use 48,"),
-    (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs 2.0: must be less than --epochs 2"),
-    (["--lr", "fast"], "argument --lr: invalid float value: 'fast'"),
-    (["--lr", "0"], "--lr 0.0: must be above 0"),
-    (["--lr", "nan"], "--lr nan: must be above 0"),
-    (["--epochs", "-1"], "--epochs -1: must be above 0"),
-    (["--num_workers", "-1"], "--num_workers -1: must be at least 0"),
-    (["--std", "1", "0", "1"], "--std 1.0 0.0 1.0: must be above 0"),
+    (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs 2: must be less than --epochs 2"),
     (["--device", "cuda"], "--device cuda: this machine has none"),
     (["--amp", "fp16"], "--amp fp16: only on cuda"),
     (["--init", "nothing.pth"], "--init nothing.pth: no such file"),
@@ -97,18 +163,16 @@ BAD_METHOD = {
         (["--global_crops_scale", "0.5", "0.2"], "0.5 0.2: must be 0 < low <= high <= 1"),
         (["--mode", "tp", "--one_date_per_location"], "--one_date_per_location: only with --mode mc or dino"),
         (["--mode", "tp", "--data_path", "SINGLE"], "every folder has one image"),
-        (["--mode", "cm"], "argument --mode: invalid choice: 'cm'"),
+        (["--mode", "cm"], "error: --mode: invalid choice: 'cm'"),
         (["--mode", "tp", "--data_path", "FLAT"], "all images are in one folder"),
         (["--patch_size", "16"], "--img_size 32: its smallest local crop is under the patch, 16"),
         (
             ["--warmup_teacher_temp_epochs", "4"],
             "--warmup_teacher_temp_epochs 4: must not be more than --epochs 3",
         ),
-        (["--momentum_teacher", "1.5"], "--momentum_teacher 1.5: must be between 0 and 1"),
     ],
     "mhcl": [
-        (["--moco_k", "30"], "--moco_k 30: must be a multiple of the effective batch, 4"),
-        (["--moco_k", "20", "--accum_steps", "2"], "must be a multiple of the effective batch, 8"),
+        (["--moco_k", "7", "--accum_steps", "2"], "--moco_k 7: must be at least the effective batch, 8"),
         (["--arch", "test_vit"], "--arch test_vit: timm gives no four stages of it to contrast"),
         (["--arch", "maxvit_nano_rw_256"], "gives no features of 4 stages for 32 px"),
         (
@@ -117,16 +181,11 @@ BAD_METHOD = {
         ),
         (["--moco_k", "20", "--batch_size_per_gpu", "5"], "5: must be cut into 2 equal parts of 2 images"),
         (["--bn_groups", "4"], "--batch_size_per_gpu 4: must be cut into 4 equal parts of 2 images"),
-        (["--no-cos", "--schedule", "1", "3"], "--schedule 1 3: must be between 0 and --epochs 3"),
+        (["--no-cos", "--schedule", "1", "3"], "--schedule 1 3: must be less than --epochs 3"),
         (["--schedule", "1"], "--schedule 1: only with --no-cos"),
-        (["--no-cos"], "--schedule 120 160: must be between 0 and --epochs 3"),
-        (["--moco_m", "1.01"], "--moco_m 1.01: must be between 0 and 1"),
-        (["--a", "0"], "--a 0.0: must be above 0"),
-        (["--b", "-1"], "--b -1.0: must be above 0"),
-        (["--moco_t", "0"], "--moco_t 0.0: must be above 0"),
     ],
     "cmid": [
-        (["--warmup_teacher_temp_epochs", "50"], "50: must not be more than --epochs 3; 0 for short runs"),
+        (["--warmup_teacher_temp_epochs", "50"], "50: must be at most --epochs 3"),
         (["--img_size", "48"], "--img_size 48: must be a multiple of the last map's stride, 32"),
         (["--mask_patch_size", "12"], "--img_size 32: must be a multiple of --mask_patch_size, 12"),
         (["--mask_patch_size", "2"], "--mask_patch_size 2: must be a multiple of 4, the stride at"),
@@ -134,38 +193,31 @@ BAD_METHOD = {
             ["--mask_stage", "3"],
             "--mask_patch_size 8: must be a multiple of 16, the stride at --mask_stage 3",
         ),
-        (["--mask_stage", "4"], "argument --mask_stage: invalid choice: 4"),
+        (["--mask_stage", "4"], "error: --mask_stage: invalid choice: 4"),
         (["--mask_ratio", "1"], "--mask_ratio 1.0: must mask some of the 16 blocks, not all"),
         (["--mask_ratio", "0"], "--mask_ratio 0.0: must mask some of the 16 blocks, not all"),
         (["--mask_patch_size", "32"], "must mask some of the 1 blocks, not all"),
         (["--arch", "resnetv2_50"], "--arch resnetv2_50: must be a ResNet, a Swin or a ConvNeXt"),
         (["--arch", "legacy_seresnet18"], "--arch legacy_seresnet18: must be a ResNet"),
         (["--num_matches", "2"], "--num_matches 2: the last map has 1 positions"),
-        (["--moco_k", "12"], "--moco_k 12: must be a multiple of twice the effective batch, 8, such as 8"),
         (["--loss_weights", "0", "0", "0"], "--loss_weights 0 0 0: leaves nothing"),
-        (["--loss_weights", "1", "-1", "0"], "--loss_weights 1.0 -1.0 0.0: must be at least 0"),
         (["--arch", "test_vit"], "--arch test_vit: must be a ResNet, a Swin or a ConvNeXt"),
         (["--arch", "efficientnet_b0"], "--arch efficientnet_b0: must be a ResNet"),
-        (["--momentum", "2"], "--momentum 2.0: must be between 0 and 1"),
     ],
     "dspt_mae": [
         (["--img_size", "30"], "--img_size 30: must be a multiple of the patch, 8"),
         (["--img_size", "32", "36"], "--img_size 32 36: must be a multiple of the patch, 8"),
         (["--img_size", "32", "32", "32"], "--img_size 32 32 32: one side, or height and width"),
-        (["--mask_ratio", "1"], "--mask_ratio 1.0: must be above 0 and below 1"),
-        (["--mask_ratio", "0"], "--mask_ratio 0.0: must be above 0 and below 1"),
         (["--mask_ratio", "0.95"], "--mask_ratio 0.95: must keep some of the 16 patches, not all"),
         (["--decoder_dim", "30"], "--decoder_dim 30: must be a multiple of 4, and of --decoder_heads, 2"),
         (["--decoder_heads", "3"], "--decoder_dim 32: must be a multiple of 4, and of --decoder_heads, 3"),
-        (["--arch", "test_resnet"], "--arch test_resnet: must be a ViT with a class token"),
         (["--arch", "test_vit2"], "--arch test_vit2: must be a ViT with a class token"),
-        (["--in_chans", "2"], "48 x 48 x 3 pixels, not H x W x 2"),
-        (["--in_chans", "1"], "do not fit the images' 1 channels; measured on some: --mean 0."),
-        (["--mean", "0.5"], "--mean 0.5: --mean and --std do not fit the images' 3 channels"),
-        (["--in_chans", "0"], "--in_chans 0: must be above 0"),
+        (["--in_chans", "2"], "3 bands, not 2: give --in_chans 3, or choose with --bands"),
+        (["--bands", "1", "B02"], "--bands 1 B02: numbers from 1, or names, not both"),
+        (["--bands", "1", "2", "--in_chans", "3"], "--in_chans 3: --bands 1 2 are 2; leave it out"),
+        (["--mean", "0.5"], "--mean, --std: give 3 values for each, or neither"),
     ],
 }
-BAD = [(script, *bad) for script in TRAINING for bad in BAD_TRAINING + BAD_METHOD[script]]
 
 
 @pytest.fixture(scope="session")
@@ -189,49 +241,13 @@ def refused(run, capsys, script, flags, message, code=2):
         run(script, *flags)
     captured = capsys.readouterr()
     assert stop.value.code == code
-    assert len(captured.err.splitlines()) == 1 and captured.err.startswith("error: "), captured.err
-    assert message in captured.err
+    errors = [line for line in captured.err.splitlines() if not line.startswith("warning: --moco_k")]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0], captured.err
     assert "step" not in captured.out
-
-
-@pytest.mark.parametrize("script, flags, message", BAD, ids=[f"{bad[0]} {' '.join(bad[1])}" for bad in BAD])
-def test_bad_training_input_is_one_line_before_any_work(
-    run, capsys, scenes, places, tmp_path, script, flags, message
-):
-    flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
-    base = ["--data_path", scenes / "train", "--output_dir", tmp_path / "out"]
-    refused(run, capsys, script, [*base, *tiny(script, *flags)], message)
-    assert not (tmp_path / "out" / "checkpoint.pth").exists()
-
-
-def out_of_range(script):
-    """Every numeric flag with numbers that it cannot have: below 0, infinite, none."""
-    for action in SCRIPTS[script].get_parser()._actions:
-        if action.type in (int, float):
-            count = action.nargs if isinstance(action.nargs, int) else 1
-            for value in ["-1"] if action.type is int else ["-1", "inf", "nan"]:
-                if action.dest != "mean" or value != "-1":  # of pixels in decibels
-                    yield script, action.option_strings[0], [value] * count
-
-
-RANGES = [case for script in SCRIPTS for case in out_of_range(script)]
-
-
-@pytest.mark.parametrize("script, flag, words", RANGES, ids=[" ".join([s, f, w[0]]) for s, f, w in RANGES])
-def test_numbers_out_of_range_are_refused(run, capsys, scenes, tmp_path, script, flag, words):
-    if script in TRAINING:
-        base = ["--data_path", scenes / "train", *tiny(script)]
-    else:
-        base = ["--data_path", scenes, "--arch", "test_vit", "--weights", "random", "--num_workers", 0]
-        base += ["--nb_knn", 1] if script == "eval_knn" else []
-        base += ["--finetune"] if flag[2:] in eval_linear.FINETUNE_FLAGS and script == "eval_linear" else []
-    base += ["--no-cos"] if flag == "--schedule" and script == "mhcl" else []
-    refused(run, capsys, script, [*base, "--output_dir", tmp_path, flag, *words], flag)
 
 
 BAD_EVALUATION = [
     (["--nb_knn", "31"], "--nb_knn 31: must be from 1 to the number of training images, 30"),
-    (["--nb_knn", "0"], "--nb_knn 0: must be"),
     (["--data_path", "/nonexistent"], "no such folder"),
     (["--data_path", "EMPTY"], "has 0 class folders"),
     (["--data_path", "SPLITS"], "SPLITS holds Test, training, no classes; call them train and val"),
@@ -241,42 +257,11 @@ BAD_EVALUATION = [
     (["--weights", "TEXT"], "no PyTorch file"),
     (["--weights", "resnet5o"], "no such file, output folder or timm model; close: resnet5"),
     (["--weights", "resnet18"], "timm could not load pretrained weights"),
-    (["--temperature", "0"], "--temperature 0.0: must be above 0"),
-    (["--val_fraction", "1"], "--val_fraction 1.0: must be between 0 and 1"),
     (
         ["--weights", "random", "--arch", "test_vit", "--patch_size", "8", "--img_size", "30"],
         "no multiple of the patch, 8",
     ),
 ]
-
-
-@pytest.mark.parametrize(
-    "flags, message", BAD_EVALUATION, ids=[" ".join(flags) for flags, _ in BAD_EVALUATION]
-)
-def test_bad_evaluation_input_is_one_line(run, capsys, scenes, places, tmp_path, monkeypatch, flags, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
-    refused(
-        run,
-        capsys,
-        "eval_knn",
-        [
-            "--data_path",
-            scenes,
-            "--weights",
-            "image_stats",
-            "--nb_knn",
-            "1",
-            "--output_dir",
-            tmp_path,
-            "--num_workers",
-            0,
-            *flags,
-        ],
-        message,
-    )
-    assert not (tmp_path / "results.jsonl").exists()
 
 
 BAD_LINEAR = [
@@ -285,10 +270,8 @@ BAD_LINEAR = [
     (["--weights", "random"], "--weights random: give its --arch"),
     (["--weights", "TEXT"], "no PyTorch file"),
     (["--weights", "RESNET", "--arch", "test_resnet"], "another arch?"),
-    (["--lrs", "0"], "--lrs 0.0: must be above 0"),
-    (["--val_fraction", "0"], "--val_fraction 0.0: must be between 0 and 1"),
     (["--layer_decay", "1.1"], "--layer_decay 1.1: must be above 0, at most 1"),
-    (["--schedule", "60", "100"], "--schedule 60 100: must be between 0 and --epochs 100"),
+    (["--schedule", "60", "100"], "--schedule 60 100: must be less than --epochs 100"),
     (["--protocol", "paper", "--augment_passes", "3"], "--protocol paper has new crops in each epoch"),
     (["--n_last_blocks", "2", "--weights", "random", "--arch", "test_resnet"], "no ViT with a class token"),
     (
@@ -297,16 +280,11 @@ BAD_LINEAR = [
     ),
     (["--drop_path", "0.1"], "--drop_path 0.1: only with --finetune"),
     (["--lr", "0.1"], "--lr 0.1: only with --finetune"),
-    (
-        ["--finetune", "--weights", "random", "--rand_augment", "11"],
-        "--rand_augment 11.0: must be at most 10",
-    ),
-    (["--finetune", "--weights", "random", "--erase", "2"], "--erase 2.0: must be between 0 and 1"),
     (["--finetune"], "--weights image_stats: has nothing to fine-tune"),
     (["--finetune", "--weights", "random", "image_stats"], "one at a time with --finetune and --predict"),
     (["--finetune", "--weights", "random", "--avgpool"], "--avgpool True: not with --finetune"),
     (
-        ["--finetune", "--weights", "random", "--epochs", "5"],
+        ["--finetune", "--weights", "random", "--arch", "test_vit", "--epochs", "5", "--warmup_epochs", "5"],
         "--warmup_epochs 5: must be less than --epochs 5",
     ),
     (
@@ -316,15 +294,32 @@ BAD_LINEAR = [
 ]
 
 
-@pytest.mark.parametrize("flags, message", BAD_LINEAR, ids=[" ".join(flags) for flags, _ in BAD_LINEAR])
-def test_bad_probe_input_is_one_line(run, capsys, scenes, places, tmp_path, flags, message):
+# What all training scripts share stands once; what a method adds stands with it.
+BAD = [("mhcl", *bad) for bad in BAD_TRAINING] + [
+    (name, *bad) for name in TRAINING for bad in BAD_METHOD[name]
+]
+BAD += [("eval_knn", *bad) for bad in BAD_EVALUATION] + [("eval_linear", *bad) for bad in BAD_LINEAR]
+
+
+@pytest.mark.parametrize("script, flags, message", BAD, ids=[f"{bad[0]} {' '.join(bad[1])}" for bad in BAD])
+def test_bad_input_is_one_line_before_any_work(
+    run, capsys, scenes, places, tmp_path, monkeypatch, script, flags, message
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     flags = [str(places / flag) if (places / flag).exists() and flag.isupper() else flag for flag in flags]
-    base = ["--data_path", scenes, "--weights", "image_stats", "--output_dir", tmp_path, "--num_workers", "0"]
-    with pytest.raises(SystemExit) as stop:
-        run("eval_linear", *base, "--device", "cpu", "--img_size", "32", *flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1 and message in error, error
-    assert not (tmp_path / "results.jsonl").exists()
+    base = [
+        "--output_dir",
+        tmp_path / "out",
+        "--data_path",
+        scenes / "train" if script in TRAINING else scenes,
+    ]
+    if script in TRAINING:
+        base += tiny(script, "--warmup_epochs", 0)
+    else:
+        base += ["--weights", "image_stats", "--num_workers", 0, "--device", "cpu"]
+        base += ["--nb_knn", 1] if script == "eval_knn" else ["--img_size", 32]
+    refused(run, capsys, script, [*base, *flags], message)
+    assert not list(tmp_path.glob("out/*.*th")) and not list(tmp_path.glob("out/*.jsonl"))
 
 
 def test_prediction_needs_a_head(run, capsys, scenes, tmp_path):
@@ -332,16 +327,6 @@ def test_prediction_needs_a_head(run, capsys, scenes, tmp_path):
     refused(run, capsys, "eval_linear", [*base, "--weights", tmp_path], "no head.pth in it")
     (tmp_path / "head.pth").write_text("nonsense")
     refused(run, capsys, "eval_linear", [*base, "--weights", tmp_path], "head.pth: ")
-
-
-@pytest.mark.parametrize("script", TRAINING)
-def test_bf16_is_close_to_full_precision_and_another(train, tmp_path, script):
-    losses = {}
-    for amp in ("off", "bf16"):
-        train(tmp_path / amp, "--amp", amp, "--max_steps", "2", "--log_every", "1", script=script)
-        lines = [json.loads(line) for line in (tmp_path / amp / "log.jsonl").read_text().splitlines()]
-        losses[amp] = [line["loss"] for line in lines if "step" in line]
-    assert losses["bf16"] == pytest.approx(losses["off"], rel=0.02) and losses["bf16"] != losses["off"]
 
 
 def test_places_joined_before_a_resume_are_noticed(train, run, capsys, scenes, tmp_path):
@@ -356,118 +341,34 @@ def test_places_joined_before_a_resume_are_noticed(train, run, capsys, scenes, t
     refused(run, capsys, "dino_mc", flags, "samples was 10, is 9")
 
 
-def test_changed_flags_on_resume_are_named(train, run, capsys, scenes, tmp_path):
-    train(tmp_path, "--max_steps", "1")
-    capsys.readouterr()
-    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny("dino_mc")]
-    refused(
-        run,
-        capsys,
-        "dino_mc",
-        [*base, "--teacher_temp", "0.05", "--out_dim", "32"],
-        "other settings: out_dim was 64, is 32; teacher_temp was 0.04, is 0.05",
-    )
-    refused(run, capsys, "dino_mc", [*base, "--batch_size_per_gpu", "2"], "effective_batch was 4, is 2")
-    refused(run, capsys, "dino_mc", [*base, "--data_path", scenes / "val"], "images was 30, is 20")
-    run(
-        "dino_mc",
-        *base,
-        "--batch_size_per_gpu",
-        "2",
-        "--accum_steps",
-        "2",
-        "--save_every",
-        "2",
-        "--max_steps",
-        "2",
-    )
-    (tmp_path / "checkpoint.pth").write_bytes((tmp_path / "checkpoint.pth").read_bytes()[:5000])
-    capsys.readouterr()
-    refused(run, capsys, "dino_mc", base, "checkpoint.pth cannot be resumed")
-
-
 def test_weights_of_another_arch_are_refused(train, run, capsys, scenes, tmp_path):
-    train(tmp_path / "out", "--max_steps", "1")
+    train(tmp_path / "out", "--max_steps", "1", script="mhcl")
     capsys.readouterr()
     base = ["--data_path", scenes, "--output_dir", tmp_path, "--nb_knn", "1", "--weights", tmp_path / "out"]
-    refused(run, capsys, "eval_knn", [*base, "--arch", "test_resnet"], f"{tmp_path / 'out'} holds test_vit")
-    refused(
-        run,
-        capsys,
-        "eval_knn",
-        [*base[:-1], tmp_path / "out" / "checkpoint.pth", "--checkpoint_key", "key"],
-        "--checkpoint_key key",
-    )
-
-
-def test_one_unreadable_image_is_skipped_and_many_stop_the_run(run, capsys, scenes, tmp_path):
-    flat = tmp_path / "flat"
-    flat.mkdir()
-    for copy in range(4):
-        for path in (scenes / "train").rglob("*.png"):
-            shutil.copy(path, flat / f"{copy}_{path.name}")
-    (flat / "bad.jpg").write_bytes(b"\xff\xd8 broken")
-    base = ["--data_path", flat, *tiny("dino_mc"), "--epochs", "2", "--log_every", "10"]
-    run("dino_mc", *base, "--output_dir", tmp_path / "out", "--max_steps", "60")
-    captured = capsys.readouterr()
-    assert captured.err.count("warning: unreadable") == 1 and "bad.jpg" in captured.err
-    last = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[-1])
-    assert last["step"] == 60 and last["unreadable"] == 1
-    for i in range(5):
-        (flat / f"bad{i}.jpg").write_text("no image")
-    with pytest.raises(SystemExit) as stop:
-        run("dino_mc", *base, "--output_dir", tmp_path / "out2")
-    assert stop.value.code == 1 and "over 1 %" in capsys.readouterr().err
+    refused(run, capsys, "eval_knn", [*base, "--arch", "test_vit"], f"{tmp_path / 'out'} holds test_resnet")
+    base[-1] = tmp_path / "out" / "checkpoint.pth"
+    refused(run, capsys, "eval_knn", [*base, "--checkpoint_key", "key"], "--checkpoint_key key")
 
 
 def test_output_inside_the_data_is_no_data(run, scenes, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(scenes / "train", data)
-    base = ["--data_path", data, "--output_dir", data / "out", *tiny("dino_mc")]
+    base = ["--data_path", data, "--output_dir", data / "out", *tiny("mhcl")]
     for steps in (1, 2):
-        run("dino_mc", *base, "--max_steps", steps)
+        run("mhcl", *base, "--max_steps", steps)
     assert torch.load(data / "out" / "checkpoint.pth", weights_only=True)["images"] == 30
 
 
-@pytest.mark.parametrize(
-    "script, flags", [("dino_mc", ["--clip_grad", "0"]), ("mhcl", []), ("cmid", []), ("dspt_mae", [])]
-)
-def test_a_loss_that_is_not_finite_stops_the_run(run, capsys, scenes, tmp_path, script, flags):
-    base = ["--data_path", scenes / "train", "--output_dir", tmp_path, *tiny(script), "--log_every", "1"]
-    with pytest.raises(SystemExit) as stop:
-        run(script, *base, "--lr", "1e30", "--warmup_epochs", "0", *flags)
-    assert stop.value.code == 1
-    error = capsys.readouterr().err
-    assert re.search(r"error: step \d+: not finite: \{'loss': nan", error), error
-    assert not (tmp_path / "checkpoint.pth").exists()  # nothing was good yet, and nothing bad is written
-
-
-@pytest.mark.parametrize("script", TRAINING)
-def test_signal_at_the_last_step_is_too_late_to_stop_anything(train, capsys, monkeypatch, tmp_path, script):
-    monkeypatch.setattr(common, "agree", lambda process, *flags: (True, False))
-    train(tmp_path, "--max_steps", "1", script=script)
-    assert "1 steps done" in capsys.readouterr().out
-
-
-def test_scenes_are_repeatable_and_refuse_bad_counts(tmp_path):
+def test_scenes_are_repeatable_and_refuse_bad_counts(run, capsys, tmp_path):
     flags = "--train_per_class 1 --val_per_class 1 --locations 2 --dates 2 --image_size 32".split()
-    command = [sys.executable, str(ROOT / "demo" / "scenes.py")]
-    for name in ("a", "b"):
-        subprocess.run(
-            [*command, "--output_dir", str(tmp_path / name), *flags], check=True, capture_output=True
-        )
+    for name in "ab":
+        run("demo.scenes", "--output_dir", tmp_path / name, *flags)
     a, b = (
         {path.relative_to(root): path.read_bytes() for path in root.rglob("*.png")}
         for root in (tmp_path / "a", tmp_path / "b")
     )
     assert a == b and len(a) == 10 + 10 + 4 and len(set(a.values())) == len(a)
-    again = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "a"), *flags, "--seed", "1"], capture_output=True, text=True
-    )
-    assert again.returncode == 2 and "Traceback" not in again.stderr
-    bad = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "c"), "--train_per_class", "0"],
-        capture_output=True,
-        text=True,
-    )
-    assert bad.returncode == 2 and "Traceback" not in bad.stderr
+    for name, *more in (("a", *flags, "--seed", 1), ("c", "--train_per_class", 0)):
+        with pytest.raises(SystemExit) as stop:
+            run("demo.scenes", "--output_dir", tmp_path / name, *more)
+        assert stop.value.code == 2 and "error: " in capsys.readouterr().err

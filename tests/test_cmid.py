@@ -40,6 +40,8 @@ def make_args(*flags):
     flags = ["--data_path", "x", "--output_dir", "x", *tiny("cmid", *flags)]
     args = cmid.get_parser().parse_args([*map(str, flags)])
     cmid.check_args(args)
+    common.check_bands(args)
+    args.mean, args.std = cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD  # as load_samples does
     return args
 
 
@@ -209,7 +211,7 @@ def test_geometry_tells_where_the_pixels_of_a_crop_come_from(tmp_path):
     x, y = torch.arange(200).expand(160, 200), torch.arange(160).unsqueeze(1).expand(160, 200)
     image = torch.stack([x, y, torch.zeros(160, 200)], -1).byte()
     Image.fromarray(image.numpy()).save(tmp_path / "ramp.png")
-    dataset, flips, areas = PairDataset([str(tmp_path / "ramp.png")], 64, 0), [], []
+    dataset, flips, areas = PairDataset(common.Samples([str(tmp_path / "ramp.png")]), 64, 0), [], []
     for epoch in range(100):
         crops, geometry = dataset[epoch, 0]
         assert crops.shape == (2, 3, 64, 64) and crops.dtype == torch.uint8 and geometry.shape == (2, 5)
@@ -228,12 +230,12 @@ def test_geometry_tells_where_the_pixels_of_a_crop_come_from(tmp_path):
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
-    paths = common.list_images(scenes / "train")
-    dataset = PairDataset(paths, 32, 0)
+    samples = common.Samples(common.list_images(scenes / "train"))
+    dataset = PairDataset(samples, 32, 0)
     first = dataset[3, 5]
     torch.manual_seed(99)
     assert_same(dataset[3, 5], first)
-    for other in (dataset[4, 5], PairDataset(paths, 32, 1)[3, 5], dataset[3, 6]):
+    for other in (dataset[4, 5], PairDataset(samples, 32, 1)[3, 5], dataset[3, 6]):
         assert not torch.equal(other[1], first[1])
 
 
@@ -402,14 +404,14 @@ def naive_micro_batch(samples, online, branch, memory, args):
 
 def naive_training(data, accum_steps):
     """Three steps from the specification, one parameter at a time; figures of each step."""
-    args, paths = make_args(*STEPS), common.list_images(data)
+    args, samples = make_args(*STEPS), common.Samples(common.list_images(data))
     online, branch = cmid.build_encoders(args, ALONE)
     memory, start = Memory(20, 16), online.state_dict()
     branch.load_state_dict({name: start[name] for name in branch.state_dict()})
     trained = {name: p for name, p in online.named_parameters() if p.requires_grad}
     velocity = {name: torch.zeros_like(p) for name, p in trained.items()}
-    dataset, figures = PairDataset(paths, 64, 0), []
-    order = torch.randperm(len(paths), generator=common.generator(0, "order", 0)).tolist()
+    dataset, figures = PairDataset(samples, 64, 0), []
+    order = torch.randperm(len(samples), generator=common.generator(0, "order", 0)).tolist()
     for step in range(3):
         parts = []
         for first in range(4 * step, 4 * step + 4, 4 // accum_steps):
@@ -471,7 +473,7 @@ def test_every_micro_batch_has_its_own_draws_and_pictures_show_them(train, tmp_p
 
     views, masks = record(cmid, "color_views"), record(cmid, "draw_masks")
     seen = record(cmid.OnlineEncoder, "forward")
-    monkeypatch.setattr(common.Run, "draw", lambda run, name, rows: drawn.append((name, rows)))
+    monkeypatch.setattr(common.Run, "draw", lambda run, name, rows, dtype: drawn.append((name, rows)))
     train(tmp_path, "--accum_steps", "2", "--max_steps", "3", "--log_every", "2", script="cmid")
     seeds = [common.stream_seed(0, "colour", step, micro, 0) for step in range(3) for micro in range(2)]
     assert [seed for _, _, seed, _ in views] == seeds

@@ -1,7 +1,7 @@
 import argparse
-import json
 import math
 import os
+import platform
 import struct
 import zlib
 
@@ -144,14 +144,27 @@ def test_skip_unreadable_takes_another_sample_and_says_so():
     assert dataset[5, 2] == ((5, 0), ["file 2", "file 1"])
 
 
-def test_check_images(tmp_path, capsys):
-    for i, side in enumerate((30, 40, 50)):
-        Image.new("RGB", (side, 90)).save(tmp_path / f"{i}.png")
-    paths = common.list_images(tmp_path)
-    common.check_images(paths, 40)
-    with pytest.raises(SystemExit) as stop:
-        common.check_images(paths, 41)
-    assert stop.value.code == 2 and "--img_size 41" in capsys.readouterr().err
+@pytest.mark.parametrize("machine, avx512, amx, arm, native", [
+    ("x86_64", True, False, True, True), ("x86_64", False, True, True, True),
+    ("x86_64", False, False, True, False),  # where oneDNN would emulate it
+    ("aarch64", False, False, True, True), ("arm64", True, True, False, False)])
+def test_amp_auto_is_bf16_by_the_processors_capability(monkeypatch, machine, avx512, amx, arm, native):
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: arm)
+    cpu = torch.device("cpu")
+    assert common.autocast_dtype("auto", cpu) == (torch.bfloat16 if native else None)
+    assert common.autocast_dtype("bf16", cpu) == torch.bfloat16 and common.autocast_dtype("off", cpu) is None
+    for amp in ("auto", "off"):  # attention is not fused in bf16 on a CPU
+        common.autocast(amp, cpu)
+        attention = common.build_backbone("test_vit", 32).blocks[0].attn
+        assert attention.fused_attn == (amp == "off" or not native)
+
+
+def test_warm_ups_are_short_in_short_runs_unless_given():
+    cases = (None, 10, 300), (None, 10, 3), (2, 10, 3)
+    assert [common.default_warmup(*args) for args in cases] == [10, 0.3, 2]
 
 
 # ------------------------------------------------------------------ colour, sample by sample
@@ -480,61 +493,6 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, capsys):
     assert "checkpoint.pth: cannot be written: disk full" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match="no file's fault"):
         common.write_atomically(path, lambda file: (_ for _ in ()).throw(RuntimeError("no file's fault")))
-
-
-def test_log_of_a_resumed_run_has_no_step_twice(tmp_path):
-    log = common.RunLog(tmp_path, ALONE, 10, 0, {"argv": ["first"]})
-    for step in (2, 4, 6):
-        log.write(step, {"loss": 1.0 * step})
-    with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"step": 8, "lo')  # killed while it wrote
-    common.RunLog(tmp_path, ALONE, 10, 4, {"argv": ["second"]}).write(6, {"loss": 60.0})
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [line.get("step", line.get("argv")) for line in lines] == [["first"], 2, 4, ["second"], 6]
-    assert lines[-1]["loss"] == 60
-
-
-def test_meter_means_and_stops_at_non_finite_terms(capsys):
-    meter = common.Meter(ALONE, 1000)
-    for value in (1.0, 3.0):
-        meter.end_step({"loss": torch.tensor(value), "other": torch.tensor(2 * value)})
-    summary = meter.summary(2, 8)
-    assert summary["loss"] == 2 and summary["other"] == 4
-    assert summary["images_per_s"] * summary["step_seconds"] == pytest.approx(8)
-    for value in (1.0, math.nan, 1.0):
-        meter.end_step({"loss": torch.tensor(1.0), "other": torch.tensor(value)})
-    with pytest.raises(SystemExit) as stop:
-        meter.summary(5, 8)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and "step 4" in error and "'other': nan" in error
-
-
-def test_meter_takes_terms_of_several_numbers():
-    meter = common.Meter(ALONE, 10)
-    for step in range(2):
-        meter.end_step({"loss": torch.tensor(float(step)), "each": torch.tensor([1.0, 2.0 + step])})
-    summary = meter.summary(2, 1)
-    assert summary["loss"] == 0.5 and summary["each"] == [1.0, 2.5]
-    meter.end_step({"loss": torch.tensor(1.0), "each": torch.tensor([1.0, math.inf])})
-    with pytest.raises(SystemExit):
-        meter.summary(3, 1)
-
-
-def test_meter_stops_above_one_percent_unreadable(capsys):
-    meter = common.Meter(ALONE, 200)
-    stream = iter([("batch", ["a: bad", "b: bad"]), ("batch", ["a: bad"]), ("batch", ["c: bad"])])
-    for _ in range(2):
-        assert meter.fetch(stream) == "batch"
-    assert sorted(capsys.readouterr().err.splitlines()) == [
-        f"warning: unreadable, another image taken: {name}: bad" for name in "ab"
-    ]  # once each
-    meter.end_step({"loss": torch.tensor(1.0)})
-    assert meter.summary(1, 1)["unreadable"] == 2
-    meter.fetch(stream)
-    meter.end_step({"loss": torch.tensor(1.0)})
-    with pytest.raises(SystemExit):
-        meter.summary(2, 1)
-    assert "3 of 200 images unreadable" in capsys.readouterr().err
 
 
 def test_grid_shows_views_at_their_size(tmp_path):

@@ -231,20 +231,20 @@ def views_of(mode, sizes=(20, 16)):
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
-    paths = [[path] for path in common.list_images(scenes / "train")]
-    dataset = ViewDataset(paths, views_of("mc"), 0)
+    samples = common.Samples(common.list_images(scenes / "train"))
+    dataset = ViewDataset(samples, views_of("mc"), 0)
     first = dataset[3, 5]
     torch.manual_seed(99)
     assert_same(dataset[3, 5], first)
     assert [tuple(view.shape) for view in first] == [(3, 32, 32), (3, 32, 32), (3, 20, 20), (3, 16, 16)]
     assert all(view.dtype == torch.uint8 and view.is_contiguous() for view in first)
-    for other in (dataset[4, 5], ViewDataset(paths, views_of("mc"), 1)[3, 5]):
+    for other in (dataset[4, 5], ViewDataset(samples, views_of("mc"), 1)[3, 5]):
         assert not torch.equal(other[0], first[0])
     assert not torch.equal(first[0], first[1])
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(scenes):
-    dataset = ViewDataset([[path] for path in common.list_images(scenes / "train")], views_of("mc"), 0)
+    dataset = ViewDataset(common.Samples(common.list_images(scenes / "train")), views_of("mc"), 0)
     runs = []
     for workers in (0, 1, 3):
         sampler = common.StepSampler(len(dataset), 4, 2, ALONE, 0, 1, 5)
@@ -260,7 +260,7 @@ def test_crops_cover_the_given_share_of_the_area(tmp_path):
     image = torch.stack([ramp, ramp.T, torch.zeros(200, 200)]).byte()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "ramp.png")
     local = View(100, (0.05, 0.32), InterpolationMode.BILINEAR, **PLAIN)
-    dataset = ViewDataset([[str(tmp_path / "ramp.png")]], [local], 0)
+    dataset = ViewDataset(common.Samples([str(tmp_path / "ramp.png")]), [local], 0)
     areas = []
     for epoch in range(300):
         (crop,) = dataset[epoch, 0]
@@ -276,7 +276,8 @@ def test_tp_draws_different_dates_and_repeats_where_there_are_few(tmp_path):
             paths.append(str(tmp_path / f"{date}.png"))
             Image.new("RGB", (40, 40), (50 * date, 0, 0)).save(paths[-1])
         views = [replace(view, p_flip=0.0) for view in views_of("tp")]
-        return [int(view[0].float().mean() / 50) for view in ViewDataset([paths], views, 0)[epoch, 0]]
+        dataset = ViewDataset(common.Samples(paths), views, 0, [list(range(dates))])
+        return [int(view[0].float().mean() / 50) for view in dataset[epoch, 0]]
 
     drawn = [sample(4, epoch) for epoch in range(30)]
     for t1, t2, t0, *local in drawn:
@@ -287,12 +288,20 @@ def test_tp_draws_different_dates_and_repeats_where_there_are_few(tmp_path):
     assert sample(1, 0) == [0] * 5
 
 
-def test_one_date_per_location_draws_one_image_of_a_folder_each_epoch(scenes):
-    locations = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", True, scenes)
-    assert len(locations) == 10 and {len(dates) for dates in locations} == {3}
-    assert dino_mc.group_locations(common.list_images(scenes / "locations"), "tp", False, scenes) == locations
-    singles = dino_mc.group_locations(common.list_images(scenes / "locations"), "mc", False, scenes)
-    assert len(singles) == 30 and {len(dates) for dates in singles} == {1}
+def test_locations_are_the_dates_of_a_folder_window_by_window(scenes):
+    samples = common.Samples(common.list_images(scenes / "locations"))
+    locations = {}
+    for mode, one_date in (("mc", True), ("tp", False), ("mc", False)):
+        args = Namespace(mode=mode, one_date_per_location=one_date, data_path=scenes)
+        locations[mode, one_date] = dino_mc.group_locations(samples, args)
+    assert locations["mc", True] == locations["tp", False] and locations["mc", False] is None
+    assert locations["tp", False] == [[3 * place + date for date in range(3)] for place in range(10)]
+    tiles = common.Samples(samples.paths, tile_size=24)  # four windows of each image of 48 px
+    args = Namespace(mode="tp", one_date_per_location=False, data_path=scenes)
+    for dates in dino_mc.group_locations(tiles, args):
+        places = [tiles.place(index) for index in dates]
+        assert len({window for _, window, _ in places}) == 1 and len(dates) == 3
+        assert len({image // 3 for image, *_ in places}) == 1
 
 
 def test_views_without_colour_are_the_normalised_crops():
@@ -404,7 +413,7 @@ def naive_training(args, paths):
     """The six steps with plain loops, from the paper: the same crops, one parameter at a time."""
     student, teacher, views = dino_mc.build_networks(args)
     teacher.load_state_dict(student.state_dict())
-    dataset = ViewDataset([[path] for path in paths], views, 0)
+    dataset = ViewDataset(common.Samples(paths), views, 0)
     parameters = {name: p for name, p in student.named_parameters() if p.requires_grad}
     moments = {name: (torch.zeros_like(p), torch.zeros_like(p)) for name, p in parameters.items()}
     center, losses, updates = torch.zeros(args.out_dim), [], dict.fromkeys(parameters, 0)
@@ -461,6 +470,7 @@ def test_training_equals_plain_loops(plain_train, scenes, tmp_path):
     saved, losses = plain_train(tmp_path)
     flags = ["--data_path", "x", "--output_dir", "x", *tiny("dino_mc"), *STEPS]
     args = dino_mc.get_parser().parse_args(flags)
+    common.check_bands(args)
     student, teacher, center, expected = naive_training(args, common.list_images(scenes / "train"))
     assert losses == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(saved["dino_loss"]["center"], center, atol=1e-6, rtol=1e-3)

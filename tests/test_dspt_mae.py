@@ -32,6 +32,9 @@ def make_args(*flags):
     flags = ["--data_path", "x", "--output_dir", "x", *tiny("dspt_mae", *flags)]
     args = dspt_mae.get_parser().parse_args([*map(str, flags)])
     dspt_mae.check_args(args)
+    common.check_bands(args)
+    args.mean = args.mean or common.IMAGENET_MEAN  # as load_samples does
+    args.std = args.std or common.IMAGENET_STD
     return args
 
 
@@ -153,8 +156,8 @@ def test_a_vit_without_biases_in_its_projection_trains():
 
 
 def test_crops_follow_from_seed_epoch_and_index(scenes):
-    paths = common.list_images(scenes / "train")
-    a, b, other = (CropDataset(paths, (16, 24), 3, torch.uint8, seed) for seed in (3, 3, 4))
+    samples = common.Samples(common.list_images(scenes / "train"))
+    a, b, other = (CropDataset(samples, (16, 24), seed) for seed in (3, 3, 4))
     crop = a[2, 5]
     assert crop.shape == (3, 16, 24) and crop.dtype == torch.uint8 and torch.equal(crop, b[2, 5])
     assert not torch.equal(crop, a[3, 5]) and not torch.equal(crop, other[2, 5])
@@ -164,80 +167,11 @@ def test_crop_is_torchvisions_resized_crop_of_the_drawn_box(tmp_path):
     """On a ramp the crop's ends tell the box: its area is .2 to 1 of the image; half are mirrored."""
     ramp = np.tile(np.arange(0, 252, 4, dtype=np.uint8), (63, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    dataset = CropDataset([str(tmp_path / "ramp.png")], (63, 63), 3, torch.uint8, 0)
+    dataset = CropDataset(common.Samples([str(tmp_path / "ramp.png")]), (63, 63), 0)
     crops = torch.stack([dataset[epoch, 0] for epoch in range(300)]).float()
     widths = (crops[:, 0, 30, -1] - crops[:, 0, 30, 0]) / 4
     assert 120 < int((widths < 0).sum()) < 180
     assert widths.abs().max() >= 58 and 20 < widths.abs().min() < 30  # sqrt(.2 * 3 / 4) * 63 = 24
-
-
-def write_pixels(path, kind):
-    """Writes one image of a kind, seeded by the path's name; returns what the file holds, H x W x C."""
-    rng = np.random.default_rng(len(path.name) + ord(path.name[0]))
-    noise = rng.normal(size=(40, 40, 4)).astype(np.float32).cumsum(0).cumsum(1)
-    byte = ((noise - noise.min()) / np.ptp(noise) * 255).astype(np.uint8)
-    array = {"float32": noise, "uint8": byte, "uint16": byte.astype(np.uint16) * 100}[kind.split()[1]]
-    array = array[..., : int(kind[-1])]
-    if kind.startswith("npy"):
-        np.save(path.with_suffix(".npy"), array)
-    elif kind.startswith("pages"):
-        first, *others = (Image.fromarray(array[..., c]) for c in range(array.shape[2]))
-        first.save(path.with_suffix(".tif"), save_all=True, append_images=others)
-    else:
-        picture = Image.fromarray(array.squeeze())
-        picture.save(path.with_suffix(".png" if array.dtype == np.uint8 else ".tif"))
-    return array
-
-
-
-@pytest.mark.parametrize("mean, std, fits", [(100, 10, True), (120, 50, True), (0.4, 0.1, False),
-                                             (100, 1000, False), (100, 0.5, False), (500, 30, False)])
-def test_mean_and_std_far_from_the_images_are_refused(tmp_path, capsys, mean, std, fits):
-    for i in range(4):
-        pixels = np.random.default_rng(i).normal(100, 10, (40, 40)).astype(np.float32)
-        np.save(tmp_path / f"{i}.npy", np.dstack([pixels, np.full_like(pixels, 7)]))  # the second is constant
-    args = make_args("--in_chans", 2, "--mean", mean, 7, "--std", std, 1)
-    paths = sorted(map(str, tmp_path.glob("*.npy")))
-    if fits:
-        assert dspt_mae.check_pixels(paths, args) == torch.float32
-    else:
-        with pytest.raises(SystemExit):
-            dspt_mae.check_pixels(paths, args)
-        words = capsys.readouterr().err.split("measured on some: ")[1].split()
-        assert words[0::3] == ["--mean", "--std"] and words[2] == "7" and words[5] == "1"
-
-
-def test_pixels_of_another_type_are_not_mixed_in(tmp_path):
-    np.save(tmp_path / "a.npy", np.zeros((40, 40), np.float32))
-    dataset = CropDataset([str(tmp_path / "a.npy")], (32, 32), 1, torch.uint8, 0)
-    with pytest.raises(common.UnreadableImageError, match="torch.float32 among torch.uint8"):
-        dataset[0, 0]
-
-
-@pytest.mark.parametrize("kind", ["npy float32 4", "tiff uint16 1", "pages uint8 4"])
-def test_runs_on_any_channels_and_the_backbone_is_evaluated(run, tmp_path, capsys, kind):
-    """mean and std are asked for, with values measured on the images; with these the run works."""
-    arrays, C = [], int(kind[-1])
-    for part in ("train/a", "train/b", "val/a", "val/b"):
-        (tmp_path / "data" / part).mkdir(parents=True)
-        arrays += [write_pixels(tmp_path / "data" / part / str(i), kind) for i in range(3)]
-    base = ["--data_path", tmp_path / "data", "--output_dir", tmp_path / "out", "--in_chans", C]
-    base += tiny("dspt_mae", "--max_steps", "3")
-    with pytest.raises(SystemExit):
-        run("dspt_mae", *base)
-    words = capsys.readouterr().err.split("measured on some: ")[1].split()
-    values = np.array(words[1 : 1 + C] + words[2 + C :], float)
-    pixels = np.stack(arrays).reshape(-1, C) / (255 if arrays[0].dtype == np.uint8 else 1)
-    np.testing.assert_allclose(values, np.concatenate([pixels.mean(0), pixels.std(0)]), rtol=2e-3)
-    run("dspt_mae", *base, *words)
-    assert math.isfinite(read_log(tmp_path / "out")[-1]["loss"])
-    assert Image.open(tmp_path / "out" / "reconstruction.png").size == (3 * 34 + 2, 4 * 34 + 2)
-    vit = timm.create_model(f"local-dir:{tmp_path}/out/backbone", pretrained=True, num_classes=0)
-    assert vit(torch.rand(1, C, 32, 32)).shape == (1, 64)
-    flags = ["--nb_knn", 1, "--output_dir", tmp_path, "--num_workers", 0, "--weights", tmp_path / "out"]
-    run("eval_knn", "--data_path", tmp_path / "data", *flags, "image_stats")
-    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [(r["train_images"], r["test_images"]) for r in results] == [(6, 6)] * 2
 
 
 # ------------------------------------------------------------------ weights to continue from
@@ -484,7 +418,7 @@ def naive_training(paths, micro_batch, normalised):
     network = dspt_mae.build_network(make_args(*STEPS))
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     first, second = ({name: torch.zeros_like(p) for name, p in trained.items()} for _ in range(2))
-    dataset, figures = CropDataset(paths, (32, 32), 3, torch.uint8, 0), []
+    dataset, figures = CropDataset(common.Samples(paths), (32, 32), 0), []
     order = torch.randperm(len(paths), generator=common.generator(0, "order", 0)).tolist()
     for step in range(3):
         errors, flats, spread = [], [], []
@@ -589,11 +523,12 @@ def test_reconstruction_shows_the_prediction_in_pixels(tmp_path, flag, dtype):
     images = common.normalize(torch.rand(2, 3, 32, 32, generator=generator()), args.mean, args.std)
     patches, mask = dspt_mae.patchify(images, 8), masking(2, 16)[2]
     target = dspt_mae.normalize_patches(patches)[0] if args.norm_pix_loss else patches
-    run = SimpleNamespace(args=args, draw=lambda name, *more: common.save_grid(tmp_path / name, *more))
+    run = SimpleNamespace(args=args, draw=lambda name, rows, dtype: common.save_grid(
+        tmp_path / name, rows, args.mean, args.std, dtype))
     dspt_mae.draw_pictures(run, "a.png", patches, mask, target, 8, (4, 4), dtype)
     picture = np.asarray(Image.open(tmp_path / "a.png")).astype(int)
     source, masked, painted = (picture[2:34, 2 + 34 * column :][:, :32] for column in range(3))
-    mean, std = (args.mean, args.std) if dtype == torch.uint8 else (0.5, 0.25)
+    mean, std = (args.mean, args.std) if dtype == torch.uint8 else (0.5, 1 / 6)
     shown = images[0].permute(1, 2, 0) * torch.tensor(std) + torch.tensor(mean)
     assert np.abs(source - 255 * shown.clamp(0, 1).numpy()).max() <= 1
     assert np.abs(source - painted).max() <= 1 and np.abs(source - masked).max() > 50

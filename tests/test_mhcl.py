@@ -1,15 +1,14 @@
-import copy
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from conftest import assert_same, assert_same_colours, assert_same_state, tiny, torchvision_jitter
+from conftest import assert_same, assert_same_colours, read_log, tiny, torchvision_jitter
 from PIL import Image
-from torch.nn.parallel import DistributedDataParallel
 
 import common
 import mhcl
@@ -30,8 +29,20 @@ def make_loss(weights=(*mhcl.WEIGHTS, *mhcl.HARD_WEIGHTS), C=6, K=12, t=0.2):
     return MHCLLoss(weights, C, K, t)
 
 
-def draws(S=4, K=12, seed=0):
-    return mhcl.draw_hard(seed, 1.0, 0.5, S, K)
+def parse(*flags):
+    args = mhcl.get_parser().parse_args([*map(str, ["--data_path", "x", "--output_dir", "x", *flags])])
+    common.check_bands(args)
+    return args
+
+
+def draws(S=4, K=12, seed=0, a=1.0, b=0.5, step=0):
+    return mhcl.draw_hard(parse("--seed", seed, "--a", a, "--b", b, "--moco_k", K), step, S)
+
+
+def log_figures(loss, q, k, draws, features=None):
+    features = torch.eye(len(q)) if features is None else features
+    value, _, parts = loss(q, k, draws)
+    return value, mhcl.log_figures(q, k, features, parts, loss.moco_t)
 
 
 # ------------------------------------------------------------------ loss, hard features, queue
@@ -106,7 +117,7 @@ def test_queue_over_several_steps_and_around_its_end():
 def test_without_mhcl_it_is_infonce():
     loss = make_loss((1.0,))
     q, k = unit(5, 1, 6).requires_grad_(), unit(5, 1, 6, seed=1)
-    value, keys, figures = loss(q, k, None)
+    value, keys, _ = loss(q, k, None)
     assert loss.queue.shape == (1, 6, 12) and torch.equal(keys, k)
     total = 0.0
     for b in range(5):
@@ -123,8 +134,8 @@ def test_figures_of_the_log():
     loss, hard = make_loss(), draws()
     q, k = unit(40, 4, 6), unit(40, 4, 6, seed=1)
     k[:, 3] = q[:, 3]
-    value, _, figures = loss(q, k, hard)
-    torch.testing.assert_close(figures["loss"], value)
+    value, figures = log_figures(loss, q, k, hard, features := torch.rand(40, 7))
+    assert figures["feature_std"] == common.feature_std(features)
     torch.testing.assert_close((torch.tensor(WEIGHTS) * figures["cross_entropy"]).sum(), value)
     for s in range(4):
         similarity = q[:, s] @ loss.queue[s]  # B x K
@@ -141,26 +152,24 @@ def test_a_collapsed_encoder_scores_no_top1():
     loss = make_loss((1.0,))
     same = torch.ones(4, 1, 6) / math.sqrt(6)
     loss.queue.copy_(same[0, 0].view(1, 6, 1).expand(1, 6, 12))
-    value, _, figures = loss(same, same, None)
+    value, figures = log_figures(loss, same, same, None)
     assert figures["top1"] == 0 and value.item() == pytest.approx(math.log(13))
 
 
-def test_draws_follow_the_seed_alone_and_the_beta_distribution():
-    first = mhcl.draw_hard(5, 1.0, 0.1, 4, 50)
+def test_draws_follow_seed_and_step_alone_and_the_beta_distribution():
+    first = draws(K=50, seed=5)
     torch.manual_seed(99)
-    assert_same(mhcl.draw_hard(5, 1.0, 0.1, 4, 50), first)
-    assert not torch.equal(mhcl.draw_hard(6, 1.0, 0.1, 4, 50)[0], first[0])
+    assert_same(draws(K=50, seed=5), first)
+    assert not torch.equal(draws(K=50, seed=6)[0], first[0])
+    assert not torch.equal(draws(K=50, seed=5, step=1)[0], first[0])
     lam, mu, permutation = first
     assert lam.shape == mu.shape == (4,) and sorted(permutation.tolist()) == list(range(50))
-    assert not torch.equal(lam, mu)
-    many = [mhcl.draw_hard(seed, 2.0, 3.0, 4, 1) for seed in range(2000)]
-    for which in (0, 1):
-        values = torch.stack([draw[which] for draw in many])
+    assert not torch.equal(lam, mu) and len(set(lam.tolist())) == 4  # one draw for each scale
+    for values in draws(S=4000, K=1, a=2.0, b=3.0)[:2]:
         assert values.mean().item() == pytest.approx(2 / 5, abs=0.01)  # a / (a + b)
         assert values.var().item() == pytest.approx(6 / (25 * 6), abs=0.005)  # ab / ((a+b)^2 (a+b+1))
-        assert values[:, 0].sub(values[:, 1]).abs().min() > 0  # one draw per scale
     for a, b in ((20, 0.1), (10, 1), (1, 0.001)):
-        lam, mu, _ = mhcl.draw_hard(0, a, b, 1000, 1)
+        lam, mu, _ = draws(1000, 1, a=a, b=b)
         assert lam.isfinite().all() and 0 <= lam.min() and lam.max() <= 1
 
 
@@ -208,9 +217,7 @@ def test_encoder_projects_the_mean_of_each_stage(mlp):
 @pytest.mark.parametrize(
     "arch, widths",
     [
-        ("resnet34", [64, 128, 256, 512]),
         ("resnet50", [256, 512, 1024, 2048]),
-        ("resnet101", [256, 512, 1024, 2048]),
         ("wide_resnet50_2", [256, 512, 1024, 2048]),
         ("resnext50_32x4d", [256, 512, 1024, 2048]),
         ("swin_tiny_patch4_window7_224", [96, 192, 384, 768]),
@@ -219,7 +226,8 @@ def test_encoder_projects_the_mean_of_each_stage(mlp):
 )
 def test_backbones_of_four_stages(arch, widths):
     backbone = common.build_backbone(arch, 64)
-    assert mhcl.stage_widths(backbone, arch, 64, 4) == widths and backbone.training
+    args = parse("--arch", arch, "--img_size", 64, "--in_chans", 3)
+    assert mhcl.stage_widths(backbone, args, 4) == widths and backbone.training
     encoder = Encoder(backbone, widths, 8, True)
     x = torch.randn(2, 3, 64, 64)
     out, features = encoder(x)
@@ -262,14 +270,14 @@ def test_shuffle_hands_out_all_rows_and_takes_them_back_in_order(monkeypatch, wo
 
 
 def test_samples_depend_on_seed_epoch_and_index_alone(scenes):
-    paths = common.list_images(scenes / "train")
-    dataset = PairDataset(paths, 32, 0)
+    samples = common.Samples(common.list_images(scenes / "train"))
+    dataset = PairDataset(samples, 32, 0)
     first = dataset[3, 5]
     torch.manual_seed(99)
     assert_same(dataset[3, 5], first)
     assert all(view.shape == (3, 32, 32) and view.dtype == torch.uint8 for view in first)
     assert not torch.equal(*first)
-    for other in (dataset[4, 5], PairDataset(paths, 32, 1)[3, 5]):
+    for other in (dataset[4, 5], PairDataset(samples, 32, 1)[3, 5]):
         assert not torch.equal(other[0], first[0])
 
 
@@ -277,7 +285,7 @@ def test_crops_cover_a_fifth_to_all_of_the_area_and_half_are_mirrored(tmp_path):
     ramp = torch.arange(200).float().expand(200, 200) * 255 / 199
     image = torch.stack([ramp, ramp.T, torch.zeros(200, 200)]).byte()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "ramp.png")
-    dataset = PairDataset([str(tmp_path / "ramp.png")], 100, 0)
+    dataset = PairDataset(common.Samples([str(tmp_path / "ramp.png")]), 100, 0)
     areas, mirrored = [], 0
     for epoch in range(200):
         for crop in dataset[epoch, 0]:
@@ -293,7 +301,8 @@ def test_colour_is_torchvisions_sample_by_sample(aug_plus):
     """The same draws through torchvision's functional operations, in the order of MoCo v2 and of v1."""
     N = 60
     crops = torch.randint(256, (N, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    ours = mhcl.color_views(crops, aug_plus, (0, 0, 0), (1, 1, 1), torch.Generator().manual_seed(0))
+    args = parse("--mean", 0, 0, 0, "--std", 1, 1, 1, *["--no-aug_plus"] * (not aug_plus))
+    ours = mhcl.color_views(crops, args, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(0)
     gray = common.bernoulli(torch.full((N,), 0.2), generator)
     strength = (0.4, 0.4, 0.4, 0.1 if aug_plus else 0.4)
@@ -320,114 +329,111 @@ def test_colour_is_torchvisions_sample_by_sample(aug_plus):
 # ------------------------------------------------------------------ training steps
 
 
-def setup_step(script_flags=()):
-    """Encoders without BatchNorm, loss and optimizer, and two fixed batches of crops."""
-    flags = ["--data_path", "x", "--output_dir", "x", *tiny("mhcl", "--moco_k", "24", *script_flags)]
-    args = mhcl.get_parser().parse_args(flags)
-    torch.manual_seed(0)
-    widths = [24, 32, 48, 64] if args.mhcl else [64]
-    encoder_q = Encoder(common.build_backbone("test_convnext", 32), widths, 8, args.mlp)
-    encoder_k = copy.deepcopy(encoder_q).requires_grad_(False)
-    for p in encoder_k.parameters():
-        p.add_(0.01 * torch.randn(p.shape))  # so that q and k differ from the first step on
-    loss = make_loss((*mhcl.WEIGHTS, *mhcl.HARD_WEIGHTS) if args.mhcl else (1.0,), 8, 24, args.moco_t)
-    groups = common.param_groups(encoder_q)
-    optimizer = timm.optim.create_optimizer_v2(groups, "momentum", lr=1.0, weight_decay=0.1, momentum=0.9)
-    crops = [
-        torch.randint(
-            256, (2, 8, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
-        )
-        for step in range(2)
+def plain_views(crops, args, generator):
+    return common.normalize(crops / 255, args.mean, args.std)
+
+
+def train_two_steps(scenes, out, monkeypatch, flags):
+    """Trains without BatchNorm and colour; returns flags, the batches that were fetched, the checkpoint."""
+    more = [
+        "--arch",
+        "test_convnext",
+        "--batch_size_per_gpu",
+        8,
+        "--lr",
+        1.6,
+        "--warmup_epochs",
+        0,
+        "--max_steps",
+        2,
     ]
-    return args, encoder_q, encoder_k, loss, optimizer, crops
-
-
-def schedule(step):
-    return {"lr": 0.05 * step}
-
-
-def plain_views(crops, aug_plus, mean, std, generator):
-    return common.normalize(crops / 255, mean, std)
-
-
-def train_two_steps(flags=(), process=ALONE):
-    """Runs train_one_epoch on this process's share of the fixed batches, without colour changes."""
-    args, network, encoder_k, loss, optimizer, crops = setup_step(flags)
-    meter, seen = common.Meter(process, 1000), []
-    encoder_q = network if process.world_size == 1 else DistributedDataParallel(network)
-    share = [
-        (
-            [view.chunk(args.accum_steps)[a].chunk(process.world_size)[process.rank] for view in step],
-            [f"file of {process.rank}"],
-        )
-        for step in crops
-        for a in range(args.accum_steps)
+    more += [
+        "--moco_k",
+        24,
+        "--moco_dim",
+        8,
+        "--weight_decay",
+        0.1,
+        "--moco_m",
+        0.9,
+        "--log_every",
+        1,
+        *flags,
     ]
-
-    def after_step(step, values):
-        seen.append((step, values))
-        return False
-
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    parts = encoder_q, encoder_k, loss, optimizer, scaler, schedule
-    with pytest.MonkeyPatch.context() as patch:
+    args = parse(*tiny("mhcl", *more))
+    args.data_path, args.output_dir, batches = scenes / "train", out, []
+    mhcl.check_args(args)
+    args.data_path, args.output_dir = str(args.data_path), str(out)
+    fetch = common.Run.fetch
+    with monkeypatch.context() as patch:
         patch.setattr(mhcl, "color_views", plain_views)
-        mhcl.train_one_epoch(range(1, 3), iter(share), *parts, 1, args, process, meter, after_step)
-    return network, encoder_k, loss, meter, seen
+        patch.setattr(common.Run, "fetch", lambda run: batches.append(fetch(run)) or batches[-1])
+        mhcl.train(args, ALONE)
+    return args, batches, common.load_checkpoint(out / "checkpoint.pth")
 
 
-def naive_training(flags=()):
-    """Two steps with plain loops, from the specification: one parameter at a time."""
-    args, encoder_q, encoder_k, loss, _, crops = setup_step(flags)
+def naive_training(args, batches):
+    """The same with plain loops, from the specification: one parameter at a time, a whole batch each step."""
+    encoder_q, encoder_k = mhcl.build_encoders(args)
+    weights = WEIGHTS if args.mhcl else (1.0,)
+    queue = MHCLLoss(weights, 8, 24, 0.2).queue
     parameters = dict(encoder_q.named_parameters())
     momenta = {name: torch.zeros_like(p) for name, p in parameters.items()}
-    queue, losses, pointer = loss.queue.clone(), [], 0
-    for step, batch in enumerate(crops, start=1):
-        x_q, x_k = (common.normalize(x / 255, common.IMAGENET_MEAN, common.IMAGENET_STD) for x in batch)
-        q, k = encoder_q(x_q)[0], encoder_k(x_k)[0]
+    losses, pointer = [], 0
+    for step in range(2):
+        micro = batches[step * args.accum_steps : (step + 1) * args.accum_steps]
+        x_q, x_k = (plain_views(torch.cat([crops[view] for crops in micro]), args, None) for view in (0, 1))
+        q, k = encoder_q(x_q)[0], encoder_k(x_k)[0].detach()
         if args.mhcl:
-            hard = mhcl.draw_hard(common.stream_seed(0, "hard", step), args.a, args.b, 4, 24)
-            value, keys = naive_mhcl(q, k, queue, *hard)
+            value, keys = naive_mhcl(q, k, queue, *mhcl.draw_hard(args, step, 4))
         else:
-            logits = torch.cat([(q * k).sum(-1), q[:, 0] @ queue[0]], 1) / args.moco_t
+            logits = torch.cat([(q * k).sum(-1), q[:, 0] @ queue[0]], 1) / 0.2
             value, keys = F.cross_entropy(logits, torch.zeros(8, dtype=torch.long)), k
         losses.append(value.item())
         encoder_q.zero_grad()
         value.backward()
         with torch.no_grad():
+            lr = 1.6 * 8 / 256 * 0.5 * (1 + math.cos(math.pi * step / 9))
             for name, p in parameters.items():
                 decay = 0.1 if p.ndim > 1 and not name.endswith("bias") else 0.0
                 momenta[name] = 0.9 * momenta[name] + p.grad + decay * p
-                p.sub_(schedule(step)["lr"] * momenta[name])
+                p.sub_(lr * momenta[name])
             for p_k, p_q in zip(encoder_k.parameters(), encoder_q.parameters(), strict=True):
-                p_k.copy_(args.moco_m * p_k + (1 - args.moco_m) * p_q)
+                p_k.copy_(0.9 * p_k + 0.1 * p_q)
             for key in keys:
                 queue[:, :, pointer % 24] = key
                 pointer += 1
-    return encoder_q, encoder_k, queue, losses
+    return {"encoder_q": encoder_q.state_dict(), "encoder_k": encoder_k.state_dict(), "queue": queue}, losses
 
 
-def assert_close_parameters(ours, expected):
-    for (name, p), q in zip(ours.named_parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
-
-
-@pytest.mark.parametrize("flags", [[], ["--no-mhcl", "--no-mlp"], ["--accum_steps", "4"]])
-def test_steps_equal_plain_loops(flags):
-    """Loss, SGD with decay, key encoder and queue over two steps; accumulation is one large batch."""
-    encoder_q, encoder_k, loss, meter, seen = train_two_steps(flags)
-    expected_q, expected_k, queue, losses = naive_training(flags)
-    torch.testing.assert_close(torch.stack([terms["loss"] for terms in meter.terms]), torch.tensor(losses))
-    assert_close_parameters(encoder_q, expected_q)
-    assert_close_parameters(encoder_k, expected_k)
-    torch.testing.assert_close(loss.queue, queue, atol=1e-5, rtol=0)
-    assert loss.queue_ptr == 16 and seen == [(2, {"lr": 0.05}), (3, {"lr": 0.1})]
+@pytest.mark.parametrize(
+    "flags", [[], ["--no-mhcl", "--no-mlp"], ["--accum_steps", 4, "--batch_size_per_gpu", 2]], ids=str
+)
+def test_steps_equal_plain_loops(scenes, tmp_path, monkeypatch, flags):
+    """Loss, SGD with decay, key encoder without gradient, queue; accumulation is one large batch."""
+    args, batches, saved = train_two_steps(scenes, tmp_path, monkeypatch, flags)
+    expected, losses = naive_training(args, batches)
+    assert [line["loss"] for line in read_log(tmp_path)[1:]] == pytest.approx(losses, rel=1e-4)
+    ours = {**saved, "queue": {"": saved["mhcl_loss"]["queue"]}}
+    expected["queue"] = {"": expected["queue"]}
+    for part, state in expected.items():
+        for name, value in state.items():
+            said = f"{part} {name}: {{}}".format
+            torch.testing.assert_close(ours[part][name], value, atol=2e-5, rtol=1e-3, msg=said)
+    assert saved["mhcl_loss"]["queue_ptr"] == 16
 
 
 def test_no_gradient_reaches_the_key_encoder():
-    _, encoder_k, loss, _, _ = train_two_steps()
-    assert all(p.grad is None and not p.requires_grad for p in encoder_k.parameters())
-    assert not loss.queue.requires_grad and loss.queue.grad_fn is None
+    encoder_q, encoder_k = mhcl.build_encoders(parse(*tiny("mhcl")))
+    assert all(p.requires_grad for p in encoder_q.parameters())
+    assert not any(p.requires_grad for p in encoder_k.parameters())
+    q = encoder_q(torch.rand(4, 3, 32, 32))[0]
+    loss, hard = make_loss(C=128), draws()
+    value, keys, parts = loss(q, encoder_k(torch.rand(4, 3, 32, 32))[0], hard)
+    value.backward()
+    assert not any(x.requires_grad for x in (keys, *parts, loss.queue)) and all(
+        p.grad is None for p in encoder_k.parameters()
+    )
 
 
 # ------------------------------------------------------------------ whole runs
@@ -441,7 +447,7 @@ def test_whole_run_writes_everything(train, tmp_path, flags):
     rows, scales = (1, 1) if flags else (8, 4)
     assert saved["step"] == 21 and saved["epoch"] == 3 and saved["args"]["arch"] == "test_resnet"
     assert saved["mhcl_loss"]["queue"].shape == (rows, 128, 16) and saved["mhcl_loss"]["queue_ptr"] == 84 % 16
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = read_log(tmp_path)
     assert lines[0]["effective_batch"] == 4 and lines[0]["steps"] == 21 and lines[-1]["step"] == 21
     assert lines[0]["chance_cross_entropy"] == pytest.approx(math.log(17)) and lines[0]["bn_groups"] == 2
     for name, length in {
@@ -463,60 +469,52 @@ def test_whole_run_writes_everything(train, tmp_path, flags):
     assert Image.open(tmp_path / "views.png").size == (2 * 34 + 2, 4 * 34 + 2)  # 4 images, 2 views
 
 
-def test_picture_of_views_shows_what_the_encoders_saw(train, tmp_path, monkeypatch):
-    seen, rows = [], []
-    forward, save_grid = mhcl.Encoder.forward, common.save_grid
-
-    def seeing(self, images, *more):
-        seen.append(images)
-        return forward(self, images, *more)
-
-    def saving(path, shown, *more):
-        rows.extend(shown)
-        save_grid(path, shown, *more)
-
-    monkeypatch.setattr(mhcl.Encoder, "forward", seeing)
-    monkeypatch.setattr(common, "save_grid", saving)
-    train(tmp_path, "--max_steps", "1", script="mhcl")
-    keys, queries = seen  # keys in another order, of Shuffle-BN
-    assert len(rows) == 4 and all(
-        torch.equal(row[0], query) for row, query in zip(rows, queries, strict=True)
+def test_picture_of_views_shows_what_the_encoders_get(train, tmp_path, monkeypatch):
+    """A row for each image, its two views; keys are encoded in another order, of Shuffle-BN."""
+    seen, rows, save_grid = [], [], common.save_grid
+    forward = mhcl.Encoder.forward
+    monkeypatch.setattr(mhcl, "color_views", plain_views)
+    monkeypatch.setattr(
+        mhcl.Encoder, "forward", lambda self, x, *more: (seen.append(x), forward(self, x, *more))[1]
     )
-    places = [[torch.equal(row[1], key) for key in keys].index(True) for row in rows]
-    process = common.Process(0, 1, torch.device("cpu"), None)
-    shuffle = mhcl.Shuffle(4, common.stream_seed(0, "shuffle", 0, 0), process)
-    assert places == shuffle.own.tolist() != list(range(4))
+    monkeypatch.setattr(
+        common, "save_grid", lambda path, *more: (rows.extend(more[0]), save_grid(path, *more))[1]
+    )
+    train(tmp_path, "--max_steps", "1", script="mhcl")
+    keys, queries = seen
+    shuffle = Shuffle(4, common.stream_seed(0, "shuffle", 0, 0), ALONE)
+    assert_same([row[0] for row in rows], list(queries))
+    assert_same([row[1] for row in rows], list(keys[shuffle.own]))
+    assert shuffle.own.tolist() != list(range(4))
 
 
-@pytest.mark.parametrize("flags", [[], ["--no-mhcl", "--accum_steps", "2", "--arch", "test_convnext"]])
-def test_resumed_run_equals_the_unbroken_one(train, tmp_path, flags):
-    unbroken = train(tmp_path / "a", *flags, "--num_workers", "2", "--max_steps", "8", script="mhcl")
-    train(tmp_path / "b", *flags, "--max_steps", "5", script="mhcl")
-    resumed = train(tmp_path / "b", *flags, "--max_steps", "8", script="mhcl")
-    assert_same_state(resumed, unbroken)
-
-
-def learning_rates(train, out, *flags):
-    """The rate of each of the steps of three epochs of seven steps."""
-    train(out, "--log_every", "1", "--warmup_epochs", "0", "--lr", "0.64", *flags, script="mhcl")
-    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return [line["lr"] for line in lines[1:]]
+def learning_rates(*flags):
+    """The rate of each of the steps of three epochs of seven steps, at 1/64 of the batch that --lr is for."""
+    args, run = (
+        parse("--lr", 0.64, "--epochs", 3, *flags),
+        SimpleNamespace(effective_batch=4, steps_per_epoch=7),
+    )
+    run.total_steps = 21
+    mhcl.check_args(args)
+    return [mhcl.learning_rate(step, run, args) for step in range(21)]
 
 
 def test_learning_rate_is_a_cosine_or_falls_in_steps(train, tmp_path):
-    cosine = learning_rates(train, tmp_path / "cos")
-    expected = [0.01 * 0.5 * (1 + math.cos(math.pi * step / 21)) for step in range(21)]  # .64 * 4 / 256
-    assert cosine == pytest.approx(expected)
-    steps = learning_rates(train, tmp_path / "steps", "--no-cos", "--schedule", "1", "2")
+    assert learning_rates() == pytest.approx(
+        [0.005 * (1 + math.cos(math.pi * step / 21)) for step in range(21)]
+    )
+    steps = learning_rates("--no-cos", "--schedule", 1, 2)
     assert steps == pytest.approx([0.01] * 7 + [0.001] * 7 + [0.0001] * 7)
-    saved = common.load_checkpoint(tmp_path / "cos" / "checkpoint.pth")
-    groups = [(g["momentum"], g["nesterov"], g["weight_decay"]) for g in saved["optimizer"]["param_groups"]]
-    assert groups == [(0.9, False, 1e-4), (0.9, False, 0)]
-    warm = learning_rates(train, tmp_path / "warm", "--no-cos", "--schedule", "2", "--warmup_epochs", "1")
+    warm = learning_rates("--no-cos", "--schedule", 2, "--warmup_epochs", 1)
     assert warm == pytest.approx([0.01 * step / 7 for step in range(7)] + [0.01] * 7 + [0.001] * 7)
+    saved = train(tmp_path, "--max_steps", 3, script="mhcl")
+    groups = [(g["momentum"], g["nesterov"], g["weight_decay"]) for g in saved["optimizer"]["param_groups"]]
+    assert groups == [(0.9, False, 1e-4), (0.9, False, 0)] and read_log(tmp_path)[-1]["lr"] == pytest.approx(
+        0.03 * 4 / 256 * 2 / 7
+    )
 
 
-def test_either_encoder_can_be_judged_and_taken_further(train, run, scenes, tmp_path, capsys):
+def test_either_encoder_can_be_evaluated_and_taken_further(train, run, scenes, tmp_path, capsys):
     saved = train(tmp_path / "a", "--max_steps", "4", script="mhcl")
     base = ["--data_path", scenes, "--nb_knn", "1", "--output_dir", tmp_path, "--num_workers", "0"]
     checkpoint = str(tmp_path / "a" / "checkpoint.pth")
@@ -557,8 +555,7 @@ def test_a_batch_of_one_image_trains_without_batchnorm(train, tmp_path):
 def test_backbones_without_batchnorm_train_with_adamw(train, tmp_path, arch):
     flags = ["--arch", arch, "--optimizer", "adamw", "--max_steps", "1", "--batch_size_per_gpu", "2"]
     saved = train(tmp_path, *flags, script="mhcl")
-    header = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[0])
-    assert saved["step"] == 1 and header["bn_groups"] == 1
+    assert saved["step"] == 1 and read_log(tmp_path)[0]["bn_groups"] == 1
 
 
 @pytest.mark.parametrize(
@@ -574,8 +571,7 @@ def test_backbones_without_batchnorm_train_with_adamw(train, tmp_path, arch):
 )
 def test_batchnorm_groups_are_those_of_moco(norm, world_size, batch, expected):
     """32 images each, on one process two groups at least."""
-    flags = ["--data_path", "x", "--output_dir", "x", "--batch_size_per_gpu", str(batch)]
-    args, process = mhcl.get_parser().parse_args(flags), Process(0, world_size, torch.device("cpu"), None)
+    args, process = parse("--batch_size_per_gpu", batch), Process(0, world_size, torch.device("cpu"), None)
     assert mhcl.batchnorm_groups(getattr(torch.nn, norm)(2), args, process) == expected
 
 
@@ -589,5 +585,5 @@ def test_training_on_a_gpu_resumes(train, tmp_path, amp):
     flags = ["--device", "cuda", "--amp", amp, "--log_every", "1", "--max_steps"]
     train(tmp_path, *flags, "2", script="mhcl")
     saved = train(tmp_path, *flags, "4", script="mhcl")
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    lines = read_log(tmp_path)
     assert saved["step"] == 4 and all(math.isfinite(line["loss"]) for line in lines if "loss" in line)

@@ -3,6 +3,7 @@
 import argparse
 import itertools
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import imagecodecs
 import numpy as np
 import pytest
 import tifffile
+import timm
 import torch
+from conftest import TRAINING, assert_same_state, tiny
 from PIL import Image
 
 import common
@@ -753,3 +756,66 @@ def test_real_files():
         read_image(DATA / "rio_masks/all-nodata.tif", 4)
     samples = Samples(common.list_images(DATA / "s2_l2a_12band"), 3, [4, 3, 2], 64)
     assert len(samples) == 5 * 16 and samples[79].shape == (3, 64, 64)
+
+
+# ------------------------------------------------------------------ all four methods
+
+
+def write_set(folder, kind):
+    """30 images of 48 px (or a scene of 96 x 144) with low-frequency content; flags that read them."""
+    rng = np.random.default_rng(0)
+    count, (height, width) = (2, (96, 144)) if kind == "tiles" else (30, (48, 48))
+    folder.mkdir()
+    for i in range(count):
+        waves = rng.normal(size=(height, width, 4)).cumsum(0).cumsum(1)
+        levels = (1000 * (waves - waves.min()) / np.ptp(waves)).astype(np.int16)
+        if kind == "13 bands":
+            write(folder / f"{i}.tif", np.concatenate([levels] * 4, 2)[..., :13])
+        elif kind == "one float":
+            np.save(folder / f"{i}.npy", levels[..., 0].astype(np.float32) - 2000)
+        elif kind == "folders":
+            (folder / str(i)).mkdir()
+            for band, step in (("B02", 1), ("B8A", 2)):
+                tifffile.imwrite(folder / str(i) / f"T_{i}_{band}.tif", levels[::step, ::step, 0])
+        else:
+            write(folder / f"{i}.tif", levels, tile=(48, 48))
+    return {"13 bands": ["--in_chans", 13], "one float": ["--in_chans", 1],
+            "folders": ["--bands", "B8A", "B02"], "tiles": ["--bands", 4, 2, 1, "--tile_size", 48]}[kind]
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("script", TRAINING)
+def test_8_bit_rgb_gets_the_papers_mean_and_std(train, tmp_path, script):
+    args = train(tmp_path, "--max_steps", "1", script=script)["args"]
+    papers = [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]]  # ImageNet's; CMID: MillionAID's
+    if script == "cmid":
+        papers = [[0.33797, 0.3605, 0.3348], [0.1359, 0.1352, 0.1407]]
+    assert [args["mean"], args["std"]] == papers and args["in_chans"] == 3
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kind", ["13 bands", "one float", "folders", "tiles"])
+@pytest.mark.parametrize("script", TRAINING)
+def test_every_method_trains_on_any_pixels_and_resumes(run, tmp_path, capsys, script, kind):
+    """Measured mean and std go with the backbone; a resumed run equals the unbroken one."""
+    more = write_set(tmp_path / "data", kind)
+    batch = ["--batch_size_per_gpu", 4, "--max_steps"]
+
+    def start(out, steps, *flags):
+        run(script, "--data_path", tmp_path / "data", "--output_dir", tmp_path / out,
+            *tiny(script, *more, *batch, steps, *flags))
+        return torch.load(tmp_path / out / "checkpoint.pth", weights_only=True)
+
+    unbroken = start("a", 3)
+    words = re.search(r"--mean (.*) --std (.*)", capsys.readouterr().out)
+    assert [float(word) for word in words[1].split()] == pytest.approx(unbroken["args"]["mean"])
+    start("b", 2)
+    assert_same_state(start("b", 3), unbroken)
+    given = ["--mean", *words[1].split(), "--std", *words[2].split()]  # pasted back
+    assert_same_state(start("c", 3, *given), unbroken)
+    model = timm.create_model(f"local-dir:{tmp_path}/a/backbone", pretrained=True, num_classes=0).eval()
+    C = len(words[1].split())
+    assert model.pretrained_cfg["input_size"][0] == C == len(model.pretrained_cfg["mean"])
+    assert model(torch.zeros(1, C, 32, 32)).isfinite().all()
+    views = np.asarray(Image.open(tmp_path / "a" / "views.png"))
+    assert len(np.unique(views)) > 20 and (views.std((0, 1)) > 10).all()

@@ -23,6 +23,7 @@ import timm
 import torch
 import torchvision
 from conftest import tiny
+from PIL import Image
 from torch import nn
 
 import common
@@ -407,14 +408,17 @@ def fine_tuned_mae():
 def test_fine_tuned_mae_gives_the_norm_of_the_mean(tmp_path, capsys):
     content, expected = fine_tuned_mae()
     torch.save(content, tmp_path / "tuned.pth")
-    flags = ["--data_path", "x", "--weights", "x", "--arch", VIT, "--img_size", "32"]
-    args, path = eval_knn.get_parser().parse_args(flags), str(tmp_path / "tuned.pth")
+    Image.new("RGB", (40, 40)).save(tmp_path / "image.png")
+    path, alone = str(tmp_path / "tuned.pth"), common.Process(0, 1, torch.device("cpu"), None)
     for _ in range(2):  # the file, then our own export of it
-        backbone, *_, report = eval_knn.prepare(path, *common.read_weights(path), args)
-        assert "150 of 150 tensors loaded, 0 missing" in report
+        flags = ["--data_path", "x", "--weights", path, "--arch", VIT, "--img_size", "32"]
+        args = eval_knn.get_parser().parse_args(flags)
+        (prepared,) = eval_knn.prepare(args, alone, [(str(tmp_path / "image.png"), 0)])
+        backbone = prepared.model.eval()
+        assert "150 of 150 tensors loaded, 0 missing" in prepared.report
         with torch.no_grad():
-            torch.testing.assert_close(backbone.eval()(images(32)), expected, atol=1e-5, rtol=1e-5)
-        assert eval_linear.with_features(backbone, path, None, False) is backbone
+            torch.testing.assert_close(backbone(images(32)), expected, atol=1e-5, rtol=1e-5)
+        assert eval_linear.with_features(prepared, path, None, False) is prepared
         common.export_backbone(backbone, tmp_path / "backbone", 32, (0, 0, 0), (1, 1, 1))
         path = str(tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
@@ -847,6 +851,7 @@ def test_dspt_mae_goes_on_from_every_format(tmp_path, case):
     flags = ["--data_path", "x", "--output_dir", "x", "--init", str(tmp_path / "weights.pth")]
     args = dspt_mae.get_parser().parse_args(flags + tiny("dspt_mae", "--arch", VIT))
     dspt_mae.check_args(args)
+    common.check_bands(args)
     network = dspt_mae.build_network(args)
     lines = dspt_mae.load_init(network, args)
     assert "150 of 150 tensors loaded, 0 missing" in lines[0]
