@@ -7,21 +7,22 @@ high-precision bounding box for rotated object detection via Kullback-Leibler di
     python demo/scenes.py --output_dir demo/data --detection 60
     python eval_detection.py --data_path demo/data/detection --weights demo/output random --img_size 128 \
         --fpn_dim 64 --head_convs 2 --lr 2e-3 --epochs 40 --batch_size_per_gpu 4 --output_dir BOXES
-    # DOTA, one GPU: windows of 1024 px, AdamW; the papers' recipe
+    # DOTA, one GPU: windows of 1024 px; the second command: the papers' recipe
     python eval_detection.py --data_path DOTA --weights OUT --output_dir BOXES
     python eval_detection.py --data_path DOTA --weights OUT --output_dir BOXES --optimizer sgd --lr .005 \
         --weight_decay 1e-4 --schedule 8 11
     # then the boxes of new images
     python eval_detection.py --predict NEW_IMAGES --weights BOXES --output_dir BOXES
 
-Every position of a pyramid of maps says which class is there, how far the sides of its box are away, and how
-the box is turned. No anchors, no special CUDA operators: figures compare backbones; the best detectors get
-more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
+Each position of a pyramid of maps predicts the class of its object, the distances to the four sides of its
+box, and how the box is turned. There are no anchors and no special CUDA operators: the figures compare
+backbones, the best detectors get more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
 
     symbol    variable      flag (default)            what
     B         B             batch_size_per_gpu (2)    windows per process and micro-batch
-    P         P             img_size (1024)           positions: all cells of all maps
-    C         C             -                         classes
+    S         S             img_size (1024)           side of the windows
+    P         P             -                         positions: all cells of all maps
+    C, K      C, K          in_chans (3)              bands, classes
     N, M      -             -                         boxes
     s         strides       p2 (off)                  pixels between positions: 8 to 128, with p2 4 too
     l t r b   sides         -                         distances to a box's sides, in the box's own axes
@@ -36,34 +37,42 @@ Differs from the authors' code: no scale per level, GIoU or KLD with an angle te
 
 In OUT, or in a folder in it for each of several weights: checkpoint.pth, detector.pth, backbone/, log.jsonl,
 examples.png (truth, prediction). OUT/results.jsonl: AP at IoU .5 by the area under the curve and by eleven
-points (VOC 2007, DOTA), and at higher IoU.
+points (VOC 2007, DOTA), and at higher IoU. OUT/predictions: a text per image, as DOTA's labels with scores.
 """
 
 import argparse
-import copy
+import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import time
+from collections import OrderedDict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import shapely
-import tifffile
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
+from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
 from tqdm import tqdm
 
 import common
-from common import Process, finite, not_negative, positive
-from eval_knn import append_result
+from common import Process, not_negative, positive
+from eval_knn import append_result, build, prepare
+
+SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
+CLIP_GRAD = 35.0  # greatest norm of the gradient, as in the papers
+PREDICT_FLAGS = "predict weights num_workers batch_size_per_gpu output_dir device amp".split()
+
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -79,64 +88,65 @@ def get_parser() -> argparse.ArgumentParser:
     add("--predict", help="instead: find boxes in this folder's images, with an --output_dir as --weights")
     add("--boxes", choices=["auto", "oriented", "horizontal"], default="auto", help="auto: horizontal where "
         "all labels are")
-    add("--img_size", type=positive(int), help="side of the windows; larger images are cut into them. "
-        "Default: 1024, with --predict that of the training")
-    add("--in_chans", type=positive(int), help="bands of the images; default: the weights', else 3")
-    add("--mean", type=finite(float), nargs="+", help="of each band; default: the weights', else ImageNet's")
-    add("--std", type=positive(float), nargs="+", help="of each band; default: as --mean")
-    add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
-        "most 16")
+    add("--img_size", type=positive(int), default=1024, help="side of the windows that larger images are cut "
+        "into")
+    common.add_pixel_flags(add, tiles=False)
 
     add = parser.add_argument_group("model").add_argument
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
-        "name of timm's pretrained weights, random")
+        "timm name, random; for --predict a folder of this script")
     add("--arch", help="timm name of a net with maps of strides 4 to 32, or of a plain ViT; for a bare state "
-        "dict and for random")
+        "dict, and for random alone")
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that fill under 90 %%")
+    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors unfilled")
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=True, help="train the backbone too; without: it stays frozen")
     add("--p2", action=yes_no, default=False, help="add maps of stride 4; we recommend it where objects are "
-        "under 20 px, and three times the time")
+        "under 20 px, at three times the time")
     add("--fpn_dim", type=positive(int), default=256, help="channels of pyramid and heads; 64 on a CPU")
     add("--head_convs", type=positive(int), default=4, help="convolutions of each head; 2 on a CPU")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), default=12, help="one: as many random windows as cover all images; "
-        "small data needs more")
+    add("--epochs", type=positive(int), default=12, help="as many random windows as cover all images; small "
+        "data needs more")
     add("--batch_size_per_gpu", type=positive(int), default=2, help="windows per process and micro-batch")
     add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="the papers: sgd")
     add("--lr", type=positive(float), default=1e-3, help="not scaled to the batch; we recommend 2e-3 on "
         "small data; the papers: .005 for two images, with sgd")
-    add("--backbone_lr", type=positive(float), help="default: .3 of --lr")
+    add("--backbone_lr", type=positive(float), help="default: .3 of --lr; for random weights --lr is better")
     add("--schedule", type=positive(int), nargs="+", help="epochs at which the rate falls to a tenth; the "
         "papers: 8 11; default: cosine to 0")
     add("--weight_decay", type=not_negative(float), default=0.05, help="not on biases and norms; sgd: 1e-4")
-    add("--clip_grad", type=not_negative(float), default=35.0, help="greatest norm of the gradient; 0: any")
 
     common.add_run_flags(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
+    """Refuses flags that contradict each other; puts in the default of --backbone_lr."""
+    words, default = " ".join(args.weights), get_parser().get_default
     if (args.data_path is None) == (args.predict is None):
         common.fail("--data_path or --predict: give one of the two")
     if args.predict and len(args.weights) > 1:
-        common.fail(f"--weights {' '.join(args.weights)}: one at a time with --predict")
-    if len(set(args.weights)) < len(args.weights):
-        common.fail(f"--weights {' '.join(args.weights)}: one of them twice")
+        common.fail(f"--weights {words}: one at a time with --predict")
+    for name, value in vars(args).items():
+        if args.predict and name not in PREDICT_FLAGS and value != default(name):
+            common.fail(f"--{name}: not with --predict, it is what the weights were trained with")
+    if "image_stats" in args.weights or len({folder_name(name) for name in args.weights}) < len(args.weights):
+        common.fail(f"--weights {words}: must be different, and no image_stats")
     if args.fpn_dim % 64:  # GroupNorm takes 32 groups, of two channels or more where a map is one cell
         common.fail(f"--fpn_dim {args.fpn_dim}: must be a multiple of 64")
     if args.schedule and max(args.schedule) >= args.epochs:
         common.fail(f"--schedule {max(args.schedule)}: must be less than --epochs {args.epochs}")
-    if len(args.mean or ()) != len(args.std or ()):
-        common.fail("--mean, --std: give both, with a value for each band")
     args.backbone_lr = args.backbone_lr or 0.3 * args.lr
-    args.img_size = args.img_size or (None if args.predict else 1024)
+
+
+def folder_name(weights: str) -> str:
+    """Of one of several --weights, in --output_dir."""
+    return re.sub(r"[^\w.-]+", "_", weights).strip("_.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,7 +155,7 @@ def check_args(args: argparse.Namespace) -> None:
 
 
 def axes(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Unit vectors along width and height of boxes ... x 5, each ... x 2."""
+    """Unit vectors along width and height of boxes ... x 5: two of ... x 2."""
     cos, sin = boxes[..., 4].cos(), boxes[..., 4].sin()
     return torch.stack([cos, sin], -1), torch.stack([-sin, cos], -1)
 
@@ -192,7 +202,7 @@ def to_polygons(boxes: Tensor) -> np.ndarray:
 
 
 def hulls_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Upright hulls ... x 4 of shapely's bounds, broadcast: True where the two share an area."""
+    """Bounds ... x 4 of polygons, broadcast: True where the upright hulls share an area."""
     return ((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(-1)
 
 
@@ -204,9 +214,8 @@ def pair_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def iou_matrix(a: Tensor, b: Tensor) -> np.ndarray:
     """Polygon IoU N x M of boxes N x 5 and M x 5."""
-    a, b = to_polygons(a), to_polygons(b)
-    iou = np.zeros((len(a), len(b)))
-    i, j = hulls_overlap(shapely.bounds(a)[:, None], shapely.bounds(b)[None]).nonzero()
+    a, b, iou = to_polygons(a), to_polygons(b), np.zeros((len(a), len(b)))
+    i, j = hulls_overlap(shapely.bounds(a)[:, None], shapely.bounds(b)).nonzero()
     iou[i, j] = pair_iou(a[i], b[j])
     return iou
 
@@ -231,27 +240,13 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tens
 
 
 class Sample(NamedTuple):
-    """An image of `size` (height, width) and its objects."""
+    """An image and its objects."""
 
     path: str
-    size: tuple[int, int]
-    corners: Tensor  # N x 4 x 2 in pixels, in any order
+    size: tuple[int, int]  # height, width
+    boxes: Tensor  # N x 5
     labels: Tensor  # N class numbers
-    difficult: Tensor  # N bool: in evaluation, found or not, they do not count
-
-
-def image_size(path: str) -> tuple[int, int]:
-    """Height and width by the head of the file."""
-    try:
-        if path.lower().endswith((".tif", ".tiff")):
-            with tifffile.TiffFile(path) as file:
-                return file.pages[0].imagelength, file.pages[0].imagewidth
-        if path.lower().endswith(".npy"):
-            return np.load(path, mmap_mode="r").shape[:2]
-        with Image.open(path) as image:
-            return image.height, image.width
-    except Exception as error:  # decoders raise almost anything on damaged bytes
-        common.fail(f"--data_path: {path}: {error}")
+    difficult: Tensor  # N bool: in the evaluation they do not count, found or not
 
 
 def parse_label(line: str, yolo: bool, size: tuple[int, int]) -> tuple[np.ndarray, str, bool] | None:
@@ -274,28 +269,31 @@ def parse_label(line: str, yolo: bool, size: tuple[int, int]) -> tuple[np.ndarra
         x, y, w, h = numbers
         if min(w, h) <= 0:
             raise ValueError(f"a box of size {w:g} x {h:g}")
-        numbers = np.array([x - w, y - h, x + w, y - h, x + w, y + h, x - w, y + h]) + [x, y] * 4
-        numbers = numbers / 2
+        numbers = np.array([x, y] * 4) + np.array([-w, -h, w, -h, w, h, -w, h]) / 2
     return numbers.reshape(4, 2) * (size[::-1] if yolo else 1), name, difficult
 
 
-def find_part(root: Path, part: str) -> tuple[Path, Path, bool]:
-    """Folders of images and labels of train, val or test, and whether these are YOLO's."""
-    for images, name, yolo in (("images", "labelTxt", False), ("images", "labels", True)):
-        for pattern in ("{part}/{kind}", "{kind}/{part}"):
-            folders = [root / pattern.format(part=part, kind=kind) for kind in (images, name)]
-            if all(folder.is_dir() for folder in folders):
-                return *folders, yolo
-    common.fail(f"--data_path {root}: needs {part}/images and {part}/labelTxt (DOTA) or {part}/labels (YOLO)")
+def find_part(root: Path, *names: str) -> tuple[Path, Path, bool]:
+    """Folders of images and labels of the first of the parts `names`, and whether the labels are YOLO's."""
+    for part, kind in itertools.product(names, ("labelTxt", "labels")):
+        for images, labels in ((f"{part}/images", f"{part}/{kind}"), (f"images/{part}", f"{kind}/{part}")):
+            if (root / images).is_dir() and (root / labels).is_dir():
+                return root / images, root / labels, kind == "labels"
+    common.fail(f"--data_path {root}: needs {names[0]}/images and {names[0]}/labelTxt (DOTA) or "
+                f"{names[0]}/labels (YOLO)")
 
 
-def read_part(root: Path, part: str) -> tuple[list[tuple], bool]:
-    """Path, size and parsed labels of all images of a part; whether the labels are YOLO's."""
-    images, labels, yolo = find_part(root, part)
-    read, outside = [], []
-    for path in common.list_images(images, suffixes=common.PIXEL_SUFFIXES):
-        file = (labels / Path(path).relative_to(images)).with_suffix(".txt")
-        size, objects = image_size(path), []
+def read_part(images: Path, labels: Path, yolo: bool, args: argparse.Namespace) -> list[tuple]:
+    """Path, size and objects, as of parse_label, of all images that can be read."""
+    read, outside, lost = [], [], []
+    paths = common.list_images(images, args.output_dir, bands=args.bands)
+    for path in paths:
+        try:
+            size, objects = common.image_size(path, args.in_chans, args.bands), []
+        except common.UnreadableImageError as error:
+            lost.append(str(error))
+            continue
+        file = labels / f"{stem(path, images)}.txt"
         lines = file.read_text(errors="replace").splitlines() if file.exists() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -307,42 +305,50 @@ def read_part(root: Path, part: str) -> tuple[list[tuple], bool]:
             elif parsed:
                 outside.append(f"{file}, line {number}")
         read.append((path, size, objects))
-    if outside:
-        print(f"warning: {len(outside)} boxes outside their images, left out: {outside[0]}", file=sys.stderr)
+    for rows, words in ((outside, "boxes outside their images"), (lost, "unreadable images")):
+        if rows:
+            print(f"warning: {len(rows)} {words}, left out: {rows[0]}", file=sys.stderr)
+    if len(lost) > 0.01 * len(paths):
+        common.fail(f"--data_path: {len(lost)} of {len(paths)} images unreadable, over 1 %", code=1)
     if not any(objects for _, _, objects in read):
-        common.fail(f"--data_path {root}: {labels} holds no box for any of {len(read)} images")
-    return read, yolo
+        common.fail(f"--data_path: {labels} holds no box for any of {len(read)} images")
+    return read
 
 
-def load_data(data_path: str) -> tuple[list[Sample], list[Sample], list[str], bool]:
-    """Training and test images, names of the classes, and whether a box is oriented, not upright."""
-    root = Path(data_path)
-    if not root.is_dir():
-        common.fail(f"--data_path {root}: no such folder")
-    test_name = next((name for name in ("val", "test") if (root / name).is_dir() or
-                      (root / "images" / name).is_dir()), "val")
-    (train, yolo), (test, _) = read_part(root, "train"), read_part(root, test_name)
-    names = root / "classes.txt"
-    found, of_train = (sorted({name for _, _, objects in part for _, name, _ in objects})
-                       for part in (train + test, train))
-    if names.is_file():
-        classes = names.read_text().split()
-    elif yolo and all(name.isdecimal() for name in found):
+def stem(path: str, root: Path) -> str:
+    """Path below `root` without suffix; of a folder of bands with all its dots."""
+    below = os.path.relpath(path, root)
+    return below if os.path.isdir(path) else os.path.splitext(below)[0]
+
+
+def load_data(parts: list[tuple[Path, Path, bool]],
+              args: argparse.Namespace) -> tuple[list[Sample], list[Sample], list[str]]:
+    """Training and test images and the classes' names, of find_part's folders; sets args.boxes if auto."""
+    train, test = (read_part(*part, args) for part in parts)
+    named, file = not parts[0][2], Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
+    found = sorted({name for _, _, objects in train + test for _, name, _ in objects})
+    if file.is_file():
+        classes = file.read_text().split()
+    elif not named and all(name.isdecimal() for name in found):
         classes = [str(number) for number in range(max(map(int, found)) + 1)]
     else:
-        classes = of_train
-    numbers = {str(i) if yolo else name: i for i, name in enumerate(classes)}
+        classes = sorted({name for _, _, objects in train for _, name, _ in objects})
+    numbers = {name if named or not file.is_file() else str(i): i for i, name in enumerate(classes)}
     if unknown := [name for name in found if name not in numbers]:
-        known = f"{names} lacks" if names.is_file() else "train/ lacks (list them in classes.txt)"
-        common.fail(f"--data_path {root}: unknown classes, which {known}: {', '.join(unknown[:10])}")
-    train, test = ([Sample(path, size, torch.tensor(np.array([x[0] for x in objects])).float().view(-1, 4, 2),
-                           torch.tensor([numbers[name] for _, name, _ in objects], dtype=torch.long),
-                           torch.tensor([x[2] for x in objects], dtype=torch.bool))
-                    for path, size, objects in part] for part in (train, test))
-    corners = torch.cat([sample.corners for sample in (*train, *test)])
-    upright = to_corners(to_boxes(corners, oriented=False))
-    away = (corners[:, :, None] - upright[:, None]).norm(dim=-1)  # N x 4 x 4: each must meet one of the other
-    return train, test, classes, bool((torch.maximum(away.amin(1), away.amin(2)) > 0.05).any())
+        known = f"{file} lacks" if file.is_file() else "train/ lacks (list them in classes.txt)"
+        common.fail(f"--data_path: unknown classes, which {known}: {', '.join(unknown[:10])}")
+    corners = [torch.tensor(np.array([x[0] for x in objects])).float().view(-1, 4, 2)  # N x 4 x 2 per image
+               for _, _, objects in train + test]
+    if args.boxes == "auto":  # horizontal: corners and those of the upright hull are the same points
+        every = torch.cat(corners)
+        away = (every[:, :, None] - to_corners(to_boxes(every, oriented=False))[:, None]).norm(dim=-1)
+        same = torch.maximum(away.amin(1), away.amin(2)).max() < 0.05
+        args.boxes = "horizontal" if same else "oriented"
+    samples = [Sample(path, size, to_boxes(own, args.boxes == "oriented"),
+                      torch.tensor([numbers[name] for _, name, _ in objects], dtype=torch.long),
+                      torch.tensor([difficult for *_, difficult in objects], dtype=torch.bool))
+               for (path, size, objects), own in zip(train + test, corners, strict=True)]
+    return samples[: len(train)], samples[len(train) :], classes
 
 
 def windows_of(size: tuple[int, int], img_size: int) -> list[tuple[int, int]]:
@@ -354,80 +360,73 @@ def windows_of(size: tuple[int, int], img_size: int) -> list[tuple[int, int]]:
     return list(itertools.product(*starts))
 
 
-def share_inside(corners: Tensor, window: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
-    """N shares, of what the image (height, width) holds of each box, that a window holds.
-
-    Args:
-        corners: N x 4 x 2, in order around the box.
-        window: left, top, right, bottom.
-        size: height, width.
-    """
-    polygons = shapely.polygons(corners.double().numpy())
-    visible, seen = (shapely.area(shapely.intersection(polygons, shapely.box(*box)))
-                     for box in ((0, 0, size[1], size[0]), window))
+def share_inside(boxes: Tensor, window: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
+    """Of what an image (height, width) holds of each of N boxes, the share in a window (x, y, x, y); N."""
+    visible, seen = (shapely.area(shapely.intersection(to_polygons(boxes), shapely.box(*frame)))
+                     for frame in ((0, 0, size[1], size[0]), window))
     return torch.from_numpy(seen / np.maximum(visible, 1e-9)).float()
 
 
 class BoxWindows(torch.utils.data.Dataset):
-    """Random windows, turned and flipped, with their boxes; drawn from (seed, epoch, index) alone.
+    """Random windows S x S, turned and flipped, with their boxes; drawn from (seed, epoch, index) alone.
 
-    Args:
-        samples: the images.
-        img_size: S, side of the windows; smaller images are filled up with the mean.
-        mean: of each band.
-        oriented: boxes are; else upright.
-        seed: of the run.
+    An image comes once in an epoch for each of the windows that cover it. Images smaller than S are filled up
+    with the mean. Pixels of another type than `dtype` are unreadable.
     """
 
-    def __init__(self, samples: list[Sample], img_size: int, mean: list[float], oriented: bool, seed: int):
-        self.samples, self.img_size, self.mean = samples, img_size, mean
-        self.oriented, self.seed = oriented, seed
-        # An image comes once in an epoch for each of the windows that cover it.
-        self.images = [i for i, sample in enumerate(samples) for _ in windows_of(sample.size, img_size)]
+    def __init__(self, samples: list[Sample], S: int, mean: list[float], oriented: bool, seed: int,
+                 dtype: torch.dtype = torch.uint8, bands: list[int | str] | None = None):
+        self.samples, self.S, self.oriented, self.seed, self.bands = samples, S, oriented, seed, bands
+        self.images = [i for i, sample in enumerate(samples) for _ in windows_of(sample.size, S)]
         self.most = max(len(sample.labels) for sample in samples)
+        fill = torch.tensor(mean).view(-1, 1, 1)
+        self.fill = (255 * fill).round().byte() if dtype == torch.uint8 else fill
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Returns a window C x S x S and targets M x 6: boxes and class; -1: counts in no loss, -2: none."""
-        epoch, index = key
+        (epoch, index), S = key, self.S
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
-        sample, S = self.samples[self.images[index]], self.img_size
-        image = common.read_pixels(sample.path, len(self.mean))
-        height, width = image.shape[1:]
-        corners = to_corners(to_boxes(sample.corners, self.oriented))  # in order around the box
-        top, left = self._place(corners, (height, width))
-        bottom, right = min(top + S, height), min(left + S, width)
-        fill = torch.tensor(self.mean).view(-1, 1, 1)
-        fill = (255 * fill).round().byte() if image.dtype == torch.uint8 else fill
-        window = fill.repeat(1, S, S)
-        window[:, : bottom - top, : right - left] = image[:, top:bottom, left:right]
-        share = share_inside(corners, (left, top, right, bottom), (height, width))
+        sample = self.samples[self.images[index]]
+        h, w = (min(S, side) for side in sample.size)
+        for attempt in range(100):
+            top, left = self._place(to_corners(sample.boxes), sample.size)
+            try:
+                pixels = common.read_image(sample.path, len(self.fill), self.bands, (top, left, h, w))
+                break
+            except common.EmptyImageError:  # a part of the scene without data
+                if attempt == 99:
+                    raise
+        if pixels.dtype != self.fill.dtype:
+            raise common.UnreadableImageError(f"{sample.path}: {pixels.dtype} among {self.fill.dtype}")
+        window = self.fill.repeat(1, S, S)
+        window[:, :h, :w] = pixels
+        share = share_inside(sample.boxes, (left, top, left + w, top + h), sample.size)
         labels = torch.where(share < 0.7, -1, sample.labels)[share > 0]
-        window, corners = self._turn(window, corners[share > 0] - torch.tensor([left, top]))
+        x, y = (to_corners(sample.boxes[share > 0]) - torch.tensor([left, top])).unbind(-1)  # each M x 4
+
+        # One of the eight turns and flips, of the pixels and of the corners.
+        turn = int(torch.randint(8, ()))
+        window = window.rot90(turn % 4, (1, 2))
+        for _ in range(turn % 4):  # against the clock
+            x, y = y, S - x
+        if turn >= 4:
+            window, x = window.flip(-1), S - x
         targets = torch.full((self.most, 6), -2.0)
-        targets[: len(labels)] = torch.cat([to_boxes(corners, self.oriented), labels[:, None]], 1)
-        return window, targets
+        targets[: len(labels), :5] = to_boxes(torch.stack([x, y], -1), self.oriented)
+        targets[: len(labels), 5] = labels
+        return window.contiguous(), targets
 
     def _place(self, corners: Tensor, size: tuple[int, int]) -> tuple[int, int]:
         # Top and left of a window: four in five hold a box, whole where it fits, the others lie anywhere.
-        room = torch.tensor(size) - self.img_size
-        low, high = torch.zeros(2), room.clamp(min=0).float()
+        low, high = torch.zeros(2), (torch.tensor(size) - self.S).clamp(min=0).float()
         if len(corners) and torch.rand(()) < 0.8:
             chosen = corners[torch.randint(len(corners), ())].flip(-1)  # 4 x 2: y, x
-            ends = torch.stack([chosen.amin(0), chosen.amax(0) - self.img_size]).sort(0).values
+            ends = torch.stack([chosen.amin(0), chosen.amax(0) - self.S]).sort(0).values
             low, high = (torch.minimum(end.clamp(min=0), high) for end in ends)
         return tuple((low + torch.rand(2) * (high - low)).round().int().tolist())
-
-    def _turn(self, window: Tensor, corners: Tensor) -> tuple[Tensor, Tensor]:
-        quarters, S = int(torch.randint(4, ())), self.img_size
-        for _ in range(quarters):  # against the clock
-            corners = torch.stack([corners[..., 1], S - corners[..., 0]], -1)
-        window = window.rot90(quarters, (1, 2))
-        if torch.rand(()) < 0.5:
-            window, corners = window.flip(-1), torch.stack([S - corners[..., 0], corners[..., 1]], -1)
-        return window.contiguous(), corners
 
 
 # --------------------------------------------------------------------------------------------------
@@ -436,100 +435,88 @@ class BoxWindows(torch.utils.data.Dataset):
 
 
 class Pyramid(nn.Module):
-    """Maps of a timm backbone at strides of about 8, 16 and 32 pixels, or 4 too.
-
-    Args:
-        backbone: gives maps of these strides, or is a plain ViT; then the maps after blocks n/3 - 1, n/2 - 1,
-            2n/3 - 1 and n - 1 are brought to strides 4 to 32 by the patch's own ratio.
-        name: to name in errors.
-        p2: stride 4 too.
+    """Maps of a timm backbone (in eval mode) at strides 8, 16 and 32, with `p2` 4 too; a ViT's at its patch.
 
     Attributes:
-        strides, channels: of the maps.
+        channels, strides: of the maps.
+        targets: strides to bring them to; near 4 to 32 for a ViT whose patch is no power of 2.
     """
 
-    def __init__(self, backbone: nn.Module, name: str, p2: bool):
+    def __init__(self, backbone: nn.Module, in_chans: int, finetune: bool, p2: bool, name: str):
         super().__init__()
-        self.backbone, info = backbone, getattr(backbone, "feature_info", [])
-        reductions = [stage["reduction"] for stage in info]
-        self.strides, first = [4, 8, 16, 32], 0 if p2 else 1
-        doublings = [0] * 4
-        if hasattr(backbone, "forward_intermediates") and len(set(reductions)) == 1:
+        self.backbone, first = backbone, 0 if p2 else 1
+        reductions = [stage["reduction"] for stage in getattr(backbone, "feature_info", ())]
+        self.targets = [4.0, 8.0, 16.0, 32.0]
+        if len(set(reductions)) == 1:  # a ViT of n blocks
             n, patch = len(reductions), reductions[0]
-            indices = [max(0, i) for i in (n // 3 - 1, n // 2 - 1, 2 * n // 3 - 1, n - 1)]
-            doublings = [round(math.log2(patch / stride)) for stride in self.strides]
-            self.strides = [patch / 2**d for d in doublings]
-        elif hasattr(backbone, "forward_intermediates") and set(self.strides) <= set(reductions):
-            indices = [max(i for i, r in enumerate(reductions) if r == stride) for stride in self.strides]
+            levels = [max(0, block) for block in (n // 3 - 1, n // 2 - 1, 2 * n // 3 - 1, n - 1)]
+            self.targets = [patch / 2 ** round(math.log2(patch / stride)) for stride in self.targets]
         else:
-            common.fail(f"--weights {name}: timm gives no maps of strides 4, 8, 16, 32 of this arch, as it "
-                        "does of ResNet, Swin, ConvNeXt and plain ViT")
-        self.strides, self.indices = self.strides[first:], indices[first:]
-        self.channels = [info[i]["num_chs"] for i in self.indices]
-        self.scale = nn.ModuleList(map(self._rescale, doublings[first:], self.channels))
-
-    @staticmethod
-    def _rescale(doublings: int, channels: int) -> nn.Module:
-        if doublings <= 0:
-            return nn.MaxPool2d(2**-doublings) if doublings else nn.Identity()
-        layers = []
-        for _ in range(doublings):
-            layers += [nn.ConvTranspose2d(channels, channels, 2, 2), nn.BatchNorm2d(channels), nn.GELU()]
-        return nn.Sequential(*layers[:-2])
+            last = {reduction: i for i, reduction in enumerate(reductions)}
+            levels = [last.get(stride) for stride in self.targets]
+        self.levels, self.targets = levels[first:], self.targets[first:]
+        self.multiple = round(self.targets[-1])
+        side = 2 * self.multiple
+        try:
+            maps = self.eval()(torch.zeros(1, in_chans, side, side))
+        except Exception as error:  # no such method, no such stage
+            common.fail(f"--weights {name}: timm gives no maps at strides 4, 8, 16, 32 of it: {error}")
+        self.channels, self.strides = zip(*((x.shape[1], side / x.shape[2]) for x in maps), strict=True)
+        sum(x.mean() for x in maps).backward()
+        for p in self.parameters():  # a layer behind the maps, such as a last norm, is not trained
+            p.requires_grad_(finetune and p.grad is not None)
+        self.zero_grad()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """B x C x H x W, sides multiples of the last stride -> maps B x channels x h x w."""
-        asked = sorted(set(self.indices))
+        """B x C x H x W of any size -> maps B x channels x h x w."""
+        H, W = images.shape[2:]
+        images = F.pad(images, (0, -W % self.multiple, 0, -H % self.multiple))
+        asked = sorted(set(self.levels))  # a shallow ViT has fewer
         maps = self.backbone.forward_intermediates(images, indices=asked, intermediates_only=True)
-        maps = dict(zip(asked, maps, strict=True))
-        return [scale(maps[i]) for i, scale in zip(self.indices, self.scale, strict=True)]
+        return [maps[asked.index(level)] for level in self.levels]
 
 
-class Detector(nn.Module):
-    """Backbone, feature pyramid network and the heads of FCOS, shared by all levels.
+def rescale(channels: int, stride: float, target: float) -> nn.Module:
+    """Brings a map from `stride` to `target` by powers of 2."""
+    power, layers = round(math.log2(stride / target)), []
+    for i in range(power):
+        layers += [nn.BatchNorm2d(channels), nn.GELU()] * (i > 0)
+        layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2)]
+    return nn.Sequential(*layers) if power >= 0 else nn.MaxPool2d(2**-power)
 
-    Args:
-        pyramid: of the backbone.
-        C: classes.
-        oriented: two more numbers per position, for the angle.
-        dim: channels.
-        convs: convolutions of each head.
+
+class Head(nn.Module):
+    """Feature pyramid network of `dim` channels, and the heads of FCOS, of `convs` layers, for K classes.
+
+    The heads are shared by all levels. Oriented boxes take two more numbers per position, for the angle.
     """
 
-    def __init__(self, pyramid: Pyramid, C: int, oriented: bool, dim: int, convs: int):
+    def __init__(self, pyramid: Pyramid, K: int, oriented: bool, dim: int, convs: int):
         super().__init__()
-        self.pyramid, self.oriented = pyramid, oriented
-        self.strides = [*pyramid.strides, 2 * pyramid.strides[-1], 4 * pyramid.strides[-1]]
-        self.laterals = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in pyramid.channels)
-        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in pyramid.strides)
-        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, 2) for _ in range(2))
-        self.class_tower, self.box_tower = (nn.Sequential(*(
-            layer for _ in range(convs)
-            for layer in (nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(32, dim), nn.ReLU())))
+        self.strides = [*pyramid.targets, 2 * pyramid.targets[-1], 4 * pyramid.targets[-1]]
+        self.rescale = nn.ModuleList(map(rescale, pyramid.channels, pyramid.strides, pyramid.targets))
+        self.laterals = nn.ModuleList(nn.Conv2d(channels, dim, 1) for channels in pyramid.channels)
+        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in pyramid.channels)
+        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, stride=2) for _ in range(2))
+        self.class_tower, self.box_tower = (nn.Sequential(*itertools.chain(*(
+            (nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(32, dim), nn.ReLU()) for _ in range(convs))))
             for _ in range(2))
-        self.to_logits = nn.Conv2d(dim, C, 3, padding=1)
+        self.to_logits = nn.Conv2d(dim, K, 3, padding=1)
         self.to_box = nn.Conv2d(dim, 7 if oriented else 5, 3, padding=1)  # l t r b, centreness, two for theta
-        for module in (self.class_tower, self.box_tower, self.to_logits, self.to_box):
-            for layer in module.modules():
-                if isinstance(layer, nn.Conv2d):
-                    nn.init.normal_(layer.weight, std=0.01)
-                    nn.init.zeros_(layer.bias)
-        nn.init.constant_(self.to_logits.bias, -math.log(0.99 / 0.01))  # begins at probability .01
+        for layer in (*self.class_tower, *self.box_tower, self.to_logits, self.to_box):
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, std=0.01)
+                nn.init.zeros_(layer.bias)
+        nn.init.constant_(self.to_logits.bias, -math.log(0.99 / 0.01))  # starts at probability .01
         self.to_box.bias.data[:4] = 0.7
-        if oriented:
-            self.to_box.bias.data[6] = 1.0  # theta begins at 0
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Normalised images B x C x H x W of any size.
+        self.to_box.bias.data[6:] = 1.0  # theta starts at 0
 
-        Returns:
-            logits B x P x C; raw boxes and centreness B x P x 5 or 7; positions P x 2 (x, y) in pixels and
-            strides P.
-        """
-        multiple = round(self.pyramid.strides[-1])
-        images = F.pad(images, (0, -images.shape[3] % multiple, 0, -images.shape[2] % multiple))
-        maps = [lateral(x) for lateral, x in zip(self.laterals, self.pyramid(images), strict=True)]
-        for finer, coarser in zip(maps[-2::-1], maps[:0:-1], strict=True):  # from the top down
-            finer += F.interpolate(coarser, size=finer.shape[2:], mode="nearest")
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Maps of Pyramid -> logits B x P x K, raw B x P x 5 or 7, positions P x 2 (x, y), strides P."""
+        maps = [scale(x) for scale, x in zip(self.rescale, maps, strict=True)]
+        maps = [conv(x) for conv, x in zip(self.laterals, maps, strict=True)]
+        for i in range(len(maps) - 2, -1, -1):  # from the top down
+            maps[i] = maps[i] + F.interpolate(maps[i + 1], size=maps[i].shape[2:], mode="nearest")
         maps = [conv(x) for conv, x in zip(self.smooth, maps, strict=True)]
         # Padded by hand: oneDNN's bf16 gradient of a padded convolution of a 1 x 1 map is NaN at times.
         maps.append(self.coarser[0](F.pad(maps[-1], [1] * 4)))
@@ -540,9 +527,17 @@ class Detector(nn.Module):
             raw.append(self.to_box(self.box_tower(x)).flatten(2))
             rows, columns = (stride * (torch.arange(n, device=x.device) + 0.5) for n in x.shape[2:])
             positions.append(torch.cartesian_prod(rows, columns).flip(1))
-            strides.append(torch.full((len(positions[-1]),), float(stride), device=x.device))
+            strides.append(torch.full((len(positions[-1]),), stride, device=x.device))
         return (torch.cat(logits, 2).mT.float(), torch.cat(raw, 2).mT.float(), torch.cat(positions),
                 torch.cat(strides))
+
+
+def build_detector(backbone: nn.Module, K: int, args: argparse.Namespace) -> nn.Sequential:
+    """Normalised images B x C x H x W of any size -> what Head gives for K classes."""
+    torch.manual_seed(args.seed)
+    pyramid = Pyramid(backbone, args.in_chans, args.finetune, args.p2, args.weights[0])
+    head = Head(pyramid, K, args.boxes == "oriented", args.fpn_dim, args.head_convs)
+    return nn.Sequential(OrderedDict(pyramid=pyramid, head=head))
 
 
 def decode(raw: Tensor, positions: Tensor, strides: Tensor) -> Tensor:
@@ -568,7 +563,7 @@ def distances(positions: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign(positions: Tensor, strides: Tensor, boxes: Tensor, ignored: Tensor) -> Tensor:
-    """Which box each position learns.
+    """Number of the box that each position learns, P; -1: background; -2: it counts in no loss.
 
     That is the smallest of those that hold the position, near their centre, and whose size fits its level.
 
@@ -577,9 +572,6 @@ def assign(positions: Tensor, strides: Tensor, boxes: Tensor, ignored: Tensor) -
         strides: P.
         boxes: N x 5.
         ignored: M x 5, boxes cut off by the window.
-
-    Returns:
-        P: number of the box; -1: background; -2: in an ignored box, counts in no loss.
     """
     low = torch.where(strides == strides.min(), 0, 4 * strides)[:, None]
     high = torch.where(strides == strides.max(), math.inf, 8 * strides)[:, None]
@@ -626,14 +618,15 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
     """Focal loss of the classes, KLD with the angle term or GIoU of the boxes, cross-entropy of centreness.
 
     Args:
-        outputs: of Detector.
+        outputs: of Head.
         targets: B x M x 6, of BoxWindows.
-        process: this one; sums are divided by the positives of all processes.
+        process: for sums over all processes.
 
     Returns:
         the loss; its parts, positions that learn a box, and objects that no position learns.
     """
-    (logits, raw, positions, strides), C = outputs, outputs[0].shape[2]
+    (logits, raw, positions, strides) = outputs
+    # What each position learns: a box, that there is none, or nothing.
     index, truth, unseen = [], [], 0
     for rows in targets:
         kept = rows[rows[:, 5] >= 0]
@@ -644,7 +637,7 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
     index, truth = torch.stack(index), torch.cat(truth)  # B x P, positives x 6
     chosen = index >= 0
     one_hot = torch.zeros_like(logits)
-    one_hot[chosen] = F.one_hot(truth[:, 5].long(), C).to(one_hot)
+    one_hot[chosen] = F.one_hot(truth[:, 5].long(), logits.shape[2]).to(one_hot)
 
     of_image, of_position = chosen.nonzero(as_tuple=True)
     sides, _ = distances(positions[of_position], truth)
@@ -673,53 +666,46 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
 # Evaluation
 # --------------------------------------------------------------------------------------------------
 
+
 Found = tuple[Tensor, Tensor, Tensor]  # boxes N x 5, scores N and class numbers N of an image, best first
 
 
 @torch.inference_mode()
-def detect(detector: Detector, image: Tensor, args: argparse.Namespace, process: Process,
+def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process: Process,
            least: float = 0.05, most: int = 2000) -> Found:
-    """Boxes of an image C x H x W (uint8, or float pixels), from all its windows, on the CPU."""
-    S, found = args.img_size, []
+    """The `most` best boxes of an image C x H x W above the score `least`, of all its windows; on the CPU."""
+    S, found, oriented = args.img_size, [], args.boxes == "oriented"
     places = windows_of(image.shape[1:], S)
     for first in range(0, len(places), args.batch_size_per_gpu):
         part = places[first : first + args.batch_size_per_gpu]
         windows = torch.stack([image[:, top : top + S, left : left + S] for top, left in part])
-        windows = common.normalize(common.to_float(windows.to(process.device)), args.mean, args.std)
+        windows = windows.to(process.device)
+        x = common.to_float(windows, args.mean, args.std)
         with common.autocast(args.amp, process.device):
-            logits, raw, positions, strides = detector(windows)
-        scores = logits.sigmoid() * raw[..., 4:5].sigmoid()  # B x P x C
+            outputs = detector(common.normalize(x, args.mean, args.std, windows.dtype))
+        logits, raw, positions, strides = outputs
+        scores = logits.sigmoid() * raw[..., 4:5].sigmoid()  # B x P x K
         for i, (top, left) in enumerate(part):
-            best, flat = scores[i].flatten().topk(min(most, scores[i].numel()))
-            best, flat = best[best > least], flat[best > least]
+            score, flat = scores[i].flatten().topk(min(most, scores[i].numel()))
             at, labels = flat // logits.shape[2], flat % logits.shape[2]
             boxes = decode(raw[i, at], positions[at], strides[at])
             boxes[:, :2] += boxes.new_tensor([left, top])
-            found.append([x.cpu() for x in (boxes, best, labels)])
+            fine = boxes.isfinite().all(1) & (boxes[:, 2:4].amin(1) >= 0.5) & (score > least)
+            found.append([values[fine].cpu() for values in (boxes, score, labels)])
     boxes, scores, labels = map(torch.cat, zip(*found, strict=True))
-    fine = boxes.isfinite().all(1) & (boxes[:, 2:4].amin(1) >= 0.5)
-    best = scores.masked_fill(~fine, -1).topk(min(most, int(fine.sum()))).indices
-    boxes, scores, labels = boxes[best], scores[best], labels[best]
-    kept = nms(boxes, scores, labels, 0.1 if detector.oriented else 0.5)
-    boxes = canonical(boxes[kept]) if detector.oriented else boxes[kept]
-    return boxes, scores[kept], labels[kept]
+    best = scores.topk(min(most, len(scores))).indices
+    kept = best[nms(boxes[best], scores[best], labels[best], 0.1 if oriented else 0.5)]
+    return canonical(boxes[kept]) if oriented else boxes[kept], scores[kept], labels[kept]
 
 
-def surest(found: Found, least: float = 0.3) -> Found:
-    """What pictures and --predict show: scores above `least`, and of two classes at one place the surer."""
-    boxes, scores, labels = (x[found[1] > least] for x in found)
-    kept = nms(boxes, scores, torch.zeros_like(labels), 0.5)
-    return boxes[kept], scores[kept], labels[kept]
-
-
-def detect_all(detector: Detector, paths: list[str], args: argparse.Namespace,
+def detect_all(detector: nn.Module, samples: common.Samples, args: argparse.Namespace,
                process: Process) -> list[Found | None]:
     """Boxes of all images, in every process; None for unreadable ones, of which there may be 1 %."""
     detector.eval()
-    quiet, found = not (process.is_main and sys.stderr.isatty()), []
-    for path in tqdm(paths[process.rank :: process.world_size], "images", leave=False, disable=quiet):
+    found, numbers = [], range(process.rank, len(samples), process.world_size)
+    for i in tqdm(numbers, "images", leave=False, disable=None if process.is_main else True):
         try:
-            found.append(detect(detector, common.read_pixels(path, len(args.mean)), args, process))
+            found.append(detect(detector, samples[i], args, process))
         except common.UnreadableImageError as error:
             print(f"warning: unreadable, left out: {error}", file=sys.stderr)
             found.append(None)
@@ -727,10 +713,9 @@ def detect_all(detector: Detector, paths: list[str], args: argparse.Namespace,
     if process.world_size > 1:
         parts = [None] * process.world_size
         dist.all_gather_object(parts, found, group=process.cpu_group)
-    found = [parts[i % process.world_size][i // process.world_size] for i in range(len(paths))]
-    lost = sum(x is None for x in found)
-    if lost > 0.01 * len(paths):
-        common.fail(f"{lost} of {len(paths)} images unreadable, over 1 %", code=1)
+    found = [parts[i % process.world_size][i // process.world_size] for i in range(len(samples))]
+    if (lost := found.count(None)) > 0.01 * len(found):
+        common.fail(f"{lost} of {len(found)} images unreadable, over 1 %", code=1)
     return found
 
 
@@ -763,126 +748,72 @@ def average_precision(verdict: np.ndarray, boxes: int) -> tuple[float, float]:
     return 100 * float(area), 100 * float(np.mean(points))
 
 
-def evaluate(found: list[Found | None], samples: list[Sample], classes: list[str], oriented: bool) -> dict:
-    """Average precision by class and mean over the classes that the images hold, in %; see the docstring."""
-    thresholds = (0.5, 0.75) if oriented else np.arange(0.5, 1, 0.05).round(2).tolist()
-    pairs = [(x, sample) for x, sample in zip(found, samples, strict=True) if x is not None]
+def evaluate(found: list[Found], samples: list[Sample], classes: list[str], oriented: bool) -> dict:
+    """Average precision in %, mean over the classes that the images hold, and by class."""
+    thresholds = [0.5, 0.75] if oriented else np.arange(0.5, 1, 0.05).round(2).tolist()
     per_class = {}
     for number, name in enumerate(classes):
-        scores, verdicts, boxes = [], {threshold: [] for threshold in thresholds}, 0
-        for (guess, score, label), sample in pairs:
+        scores, verdicts, boxes = [], [], 0
+        for (guess, score, label), sample in zip(found, samples, strict=True):
             own, true = label == number, sample.labels == number
-            difficult = sample.difficult[true].numpy()
-            iou = iou_matrix(guess[own], to_boxes(sample.corners[true], oriented))
-            boxes += int((~difficult).sum())
+            iou, difficult = iou_matrix(guess[own], sample.boxes[true]), sample.difficult[true].numpy()
             scores.append(score[own].numpy())
-            for threshold in thresholds:
-                verdicts[threshold].append(match(iou, difficult, threshold))
+            verdicts.append(np.stack([match(iou, difficult, threshold) for threshold in thresholds]))
+            boxes += int((~difficult).sum())
         if boxes:
             order = np.argsort(-np.concatenate(scores), kind="stable")
-            ap = []
-            for threshold in thresholds:
-                verdict = np.concatenate(verdicts[threshold])[order]
-                ap.append(average_precision(verdict[verdict >= 0], boxes))
-            per_class[name] = {"boxes": boxes, "ap50": ap[0][0], "ap50_eleven_points": ap[0][1],
-                               "ap75": ap[thresholds.index(0.75)][0]}
-            if not oriented:
-                per_class[name]["ap50_95"] = sum(area for area, _ in ap) / len(ap)
+            verdict = np.concatenate(verdicts, 1)[:, order]  # thresholds x N
+            areas, points = zip(*(average_precision(row[row >= 0], boxes) for row in verdict), strict=True)
+            per_class[name] = {"boxes": boxes, "ap50": areas[0], "ap50_eleven_points": points[0],
+                               "ap75": areas[thresholds.index(0.75)],
+                               **({} if oriented else {"ap50_95": sum(areas) / len(areas)})}
     if not per_class:
         common.fail("--data_path: all boxes of the test images are difficult: nothing to measure", code=1)
-    figures = [name for name in next(iter(per_class.values())) if name != "boxes"]
-    means = {name: round(np.mean([row[name] for row in per_class.values()]).item(), 3) for name in figures}
-    return {**means, "per_class": {name: {key: round(value, 3) for key, value in row.items()}
-                                   for name, row in per_class.items()}}
+    table = {name: {key: round(value, 3) for key, value in row.items()} for name, row in per_class.items()}
+    figures = [key for key in next(iter(table.values())) if key != "boxes"]
+    return {key: round(sum(row[key] for row in per_class.values()) / len(table), 3) for key in figures} | {
+        "per_class": table}
 
 
-COLOURS = ["#ffd500", "#00e5ff", "#ff5cf4", "#7dff4d", "#ff7b24", "#7c9dff", "#ffffff", "#ff4d5e"]
-
-
-def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, args: argparse.Namespace) -> Image.Image:
-    """The first three bands of an image C x H x W, 800 px wide or high, with boxes coloured by class."""
-    x = common.normalize(common.to_float(image)[None], args.mean, args.std)[0]
-    low, spread = (torch.tensor(value).view(-1, 1, 1) for value in (args.mean, args.std))
-    x = x * spread + low if image.dtype == torch.uint8 else 0.5 + x / 6
-    x = x[:3] if len(x) >= 3 else x[:1].expand(3, -1, -1)
+def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, args: argparse.Namespace) -> Tensor:
+    """A picture 3 x H x W in [0, 1] of an image, its longer side 800, with boxes coloured by class."""
+    x = common.to_float(image, args.mean, args.std)[: 3 if len(image) > 2 else 1].expand(3, -1, -1)
     scale = 800 / max(x.shape[1:])
-    x = F.interpolate(x[None], scale_factor=scale, mode="bilinear", antialias=True)[0]
-    picture = Image.fromarray((255 * x.clamp(0, 1)).byte().permute(1, 2, 0).numpy())
+    x = resize(x, [round(scale * side) for side in x.shape[1:]], antialias=True)
+    picture = to_pil_image(x.clamp(0, 1))
     draw = ImageDraw.Draw(picture)
     for corners, label in zip((scale * to_corners(boxes)).tolist(), labels.tolist(), strict=True):
-        draw.polygon([tuple(corner) for corner in corners], outline=COLOURS[label % len(COLOURS)], width=2)
-    return picture
+        colour = f"hsl({(50 + 137 * label) % 360}, 100%, 60%)"
+        draw.polygon([tuple(corner) for corner in corners], outline=colour, width=2)
+    return pil_to_tensor(picture).float() / 255
 
 
-def draw_examples(path: Path, samples: list[Sample], found: list[Found | None], oriented: bool,
+def draw_examples(found: list[Found], samples: list[Sample], pixels: common.Samples,
                   args: argparse.Namespace) -> None:
-    """Writes a picture with a row for each of up to 8 images: what is there, what was found."""
+    """Writes examples.png, of up to 8 images: the truth, and what was found with a score above .3.
+
+    Of two classes found at one place the surer is drawn.
+    """
     rows = []
     for i in range(0, len(samples), math.ceil(len(samples) / 8)):
-        if found[i] is not None:
-            image = common.read_pixels(samples[i].path, len(args.mean))
-            boxes, _, labels = surest(found[i])
-            truth = to_boxes(samples[i].corners, oriented), samples[i].labels
-            rows.append([draw_boxes(image, *what, args) for what in (truth, (boxes, labels))])
-    width = max(left.width for left, _ in rows)
-    sheet = Image.new("RGB", (2 * width + 8, sum(left.height + 8 for left, _ in rows)), "white")
-    top = 0
-    for left, right in rows:
-        sheet.paste(left, (0, top))
-        sheet.paste(right, (width + 8, top))
-        top += left.height + 8
-    common.write_atomically(path, lambda file: sheet.save(file, "png"))
+        image = pixels[i]
+        boxes, scores, labels = (x[found[i][1] > 0.3] for x in found[i])
+        kept = nms(boxes, scores, torch.zeros_like(labels), 0.5)
+        rows.append([draw_boxes(image, samples[i].boxes, samples[i].labels, args),
+                     draw_boxes(image, boxes[kept], labels[kept], args)])
+    common.save_grid(Path(args.output_dir) / "examples.png", rows, [0.0] * 3, [1.0] * 3)
 
 
 # --------------------------------------------------------------------------------------------------
-# Training, main
+# Training and prediction
 # --------------------------------------------------------------------------------------------------
 
 
-def prepare(name: str, args: argparse.Namespace,
-            borrowed: dict) -> tuple[nn.Module, argparse.Namespace, str]:
-    """Backbone of one of --weights, the flags of its run, a report; `random` borrows arch, mean and std."""
-    state, info = ({}, borrowed) if name == "random" else common.read_weights(name, args.checkpoint_key)
-    args = copy.copy(args)
-    args.weights, args.arch = name, args.arch or info.get("arch")
-    if args.arch is None:
-        common.fail(f"--weights {name}: give its --arch")
-    if info.get("arch") not in (None, args.arch):
-        common.fail(f"--arch {args.arch}: {name} holds {info['arch']}")
-    args.patch_size = args.patch_size or info.get("patch_size")
-    for key, usual in (("mean", common.IMAGENET_MEAN), ("std", common.IMAGENET_STD)):
-        setattr(args, key, list(getattr(args, key) or info.get(key) or usual))
-    if len(args.mean) != (args.in_chans or len(args.mean)):
-        common.fail(f"--in_chans {args.in_chans}: give --mean and --std of so many, not {len(args.mean)}")
-    torch.manual_seed(args.seed)
-    backbone = common.build_backbone(args.arch, args.img_size, args.patch_size, in_chans=len(args.mean))
-    if not state:
-        return backbone, args, f"{name}: initial weights of seed {args.seed}"
-    return backbone, args, common.load_backbone(backbone, state, name, args.allow_partial)
-
-
-def set_trained(detector: Detector, learns: bool, in_chans: int) -> None:
-    """Chooses the backbone's parameters that learn: none, or those that its maps depend on.
-
-    DDP would wait for the gradient of the others, such as a ViT's last norm.
-    """
-    backbone, side = detector.pyramid.backbone.eval().requires_grad_(learns), round(2 * detector.strides[-3])
-    if learns:
-        maps = detector.pyramid(torch.zeros(1, in_chans, side, side))
-        parameters = [p for p in backbone.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(sum(x.sum() for x in maps), parameters, allow_unused=True)
-        for p, gradient in zip(parameters, gradients, strict=True):
-            p.requires_grad_(gradient is not None)
-
-
-def build_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW or SGD with momentum .9; the backbone's parameters at their own rate."""
-    own = {id(p) for p in detector.pyramid.backbone.parameters()}
-    groups = []
-    for group in common.param_groups(detector):
-        for backbone, scale in ((False, 1.0), (True, args.backbone_lr / args.lr)):
-            chosen = [p for p in group["params"] if (id(p) in own) == backbone]
-            groups.append({**group, "params": chosen, "lr_scale": scale})
+def build_optimizer(detector: nn.Sequential, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum .9; the backbone at its own rate."""
+    groups = common.param_groups(detector.head)
+    for group in common.param_groups(detector.pyramid) if args.finetune else ():
+        groups.append(group | {"lr_scale": args.backbone_lr / args.lr})
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -897,56 +828,110 @@ def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float
     return common.cosine_schedule(args.lr, args.lr, step, run.total_steps, warmup_steps) * 0.1**drops
 
 
-def train(backbone: nn.Module, report: str, samples: list[Sample], classes: list[str], oriented: bool,
-          args: argparse.Namespace, process: Process) -> Detector | None:
-    """Trains a detector on one of --weights; None where the run was stopped before its end."""
-    dataset = BoxWindows(samples, args.img_size, args.mean, oriented, args.seed)
+def train(detector: nn.Sequential, samples: list[Sample], dtype: torch.dtype, report: str,
+          args: argparse.Namespace, process: Process) -> bool:
+    """Trains a detector on images of pixels of `dtype`; returns True when all steps are done."""
+    dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,
+                         args.bands)
     run = common.Run(args, process, samples=len(dataset), images=len(samples))
-    torch.manual_seed(args.seed)
-    detector = Detector(Pyramid(backbone, args.weights, args.p2), len(classes), oriented, args.fpn_dim,
-                        args.head_convs).eval()
-    set_trained(detector, args.finetune, len(args.mean))
-    common.to_device(detector, process.device).train()
-    # BatchNorm keeps its statistics, except those that an untrained backbone still has to find.
-    backbone.train(args.finetune and args.weights == "random")
+    common.to_device(detector, process.device)
+    # BatchNorm of the backbone keeps its statistics, except those that an untrained one still has to find.
+    detector.train()
+    detector.pyramid.train(args.finetune and args.weights == ["random"])
     optimizer, scaler = build_optimizer(detector, args), run.scaler
-    run.restore(backbone, detector=detector, optimizer=optimizer)
+    run.restore(detector.pyramid.backbone, detector=detector, optimizer=optimizer)
     if args.compile:
         detector.compile()
     ddp_detector = common.distributed(detector, process)
 
-    loader = run.loader(dataset)
-    for step in run.steps(loader, report, classes=len(classes), boxes=sum(len(s.labels) for s in samples),
-                          kind="oriented" if oriented else "horizontal"):
+    for step in run.steps(run.loader(dataset), report, boxes=sum(len(sample.labels) for sample in samples)):
         lr = learning_rate(step, run, args)
         common.set_lr(optimizer, lr)
         terms = []
         for micro in range(args.accum_steps):
             windows, targets = run.fetch()  # B x C x S x S, B x M x 6
-            images = common.normalize(common.to_float(windows), args.mean, args.std)
+            x = common.to_float(windows, args.mean, args.std)
+            x = common.normalize(x, args.mean, args.std, windows.dtype)
             with common.accumulating(ddp_detector, micro, args.accum_steps):
                 with run.autocast:
-                    outputs = ddp_detector(images)
+                    outputs = ddp_detector(x)
                 loss, figures = detection_loss(outputs, targets, process)
                 scaler.scale(loss / args.accum_steps).backward()
             terms.append(figures)
         grad_norm = common.grad_norm(optimizer, scaler)
-        if args.clip_grad:
-            nn.utils.clip_grad_norm_(detector.parameters(), args.clip_grad)
+        nn.utils.clip_grad_norm_(detector.parameters(), CLIP_GRAD)
         common.optimizer_step(optimizer, scaler)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
     if process.world_size > 1:  # BatchNorm's statistics: those of the main process, as in its files
         for buffer in detector.buffers():
             dist.broadcast(buffer, 0)
-    if run.stopped or run.stop_step < run.total_steps:
-        return None
+    return not run.stopped and run.stop_step == run.total_steps
+
+
+def compare(args: argparse.Namespace, process: Process) -> None:
+    """Trains and evaluates a detector on each of --weights, and writes the results."""
+    out, lines = common.make_output_dir(args.output_dir, process), []
+    parts = [find_part(Path(args.data_path), *names) for names in (("train",), ("val", "test"))]
+    paths = common.list_images(parts[0][0], args.output_dir, bands=args.bands)
+    backbones = prepare(args, process, [(path, None) for path in paths])
+    train_samples, test_samples, classes = load_data(parts, args)
+    common.check_alike(process, training_images=len(train_samples), test_images=len(test_samples))
+    detectors = []
+    for name, backbone in zip(args.weights, backbones, strict=True):
+        own = argparse.Namespace(**vars(args))
+        own.weights, own.arch = [name], backbone.arch
+        own.mean, own.std = list(backbone.mean), list(backbone.std)
+        own.output_dir = str(out / folder_name(name) if len(backbones) > 1 else out)
+        digest = hashlib.blake2b(digest_size=8)  # a run is not resumed with other weights of the same name
+        for x in backbone.model.state_dict().values():
+            digest.update(x.numpy().tobytes())
+        own.weights_digest = digest.hexdigest()
+        detectors.append((build_detector(backbone.model, len(classes), own), own, backbone))
+
+    for detector, own, backbone in detectors:
+        began = time.perf_counter()
+        if not train(detector, train_samples, backbone.dtype, backbone.report, own, process):
+            if process.is_main:
+                print(f"no result before the last step: {own.output_dir}")
+            return
+        pixels = common.Samples([sample.path for sample in test_samples], own.in_chans, own.bands)
+        pixels.dtype = backbone.dtype
+        found = detect_all(detector, pixels, own, process)
+        if not process.is_main:
+            continue
+        read = [i for i, boxes in enumerate(found) if boxes is not None]
+        found, tests = [found[i] for i in read], [test_samples[i] for i in read]
+        pixels.paths = [sample.path for sample in tests]
+        draw_examples(found, tests, pixels, own)
+        saved = {"head": detector.head.state_dict(), "classes": classes,
+                 "args": {name: getattr(own, name) for name in SAVED_FLAGS},
+                 "is_uint8": backbone.dtype == torch.uint8}
+        common.write_atomically(Path(own.output_dir) / "detector.pth", partial(torch.save, saved))
+        settings = "finetune epochs optimizer lr backbone_lr seed checkpoint_key".split()
+        lines.append({"task": "detection", "weights": own.weights[0], "data": args.data_path,
+                      "train_images": len(train_samples), "test_images": len(tests),
+                      **{name: getattr(own, name) for name in [*SAVED_FLAGS, *settings]},
+                      **evaluate(found, tests, classes, own.boxes == "oriented"),
+                      "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
+        append_result(out, lines[-1])
     if process.is_main:
-        state = {name: x for name, x in detector.state_dict().items() if ".backbone." not in name}
-        saved = {"detector": state, "classes": classes, "oriented": oriented, "p2": args.p2,
-                 "fpn_dim": args.fpn_dim, "head_convs": args.head_convs, "img_size": args.img_size}
-        common.write_atomically(run.out / "detector.pth", lambda file: torch.save(saved, file))
-    return detector
+        print_table(lines)
+        print("\n".join(map(json.dumps, lines)), flush=True)
+
+
+def print_table(lines: list[dict]) -> None:
+    """A row for each of the weights, then AP50 of each class."""
+    first, names = lines[0], [name for name in lines[0] if name.startswith("ap")]
+    rows = [["AP in %", *names], *([line["weights"], *(line[name] for name in names)] for line in lines),
+            ["AP50 (boxes)", *(Path(line["weights"]).name[-18:] for line in lines)],
+            *([f"{name} ({row['boxes']})", *(line["per_class"][name]["ap50"] for line in lines)]
+              for name, row in first["per_class"].items())]
+    print(f"\n{first['boxes']}, {first['train_images']} training and {first['test_images']} test images")
+    for name, *values in rows:
+        words = [x if isinstance(x, str) else f"{x:.2f}" for x in values]
+        print(f"{name:{max(len(row[0]) for row in rows)}}" + "".join(f"{word:>20}" for word in words))
+    print()
 
 
 def predict(args: argparse.Namespace, process: Process) -> None:
@@ -955,87 +940,40 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     try:
         saved = common.load_checkpoint(source / "detector.pth")
     except ValueError as error:
-        common.fail(f"--weights {source}: no detector of this script: {error}")
-    args.img_size = args.img_size or saved["img_size"]
-    paths = common.list_images(args.predict, suffixes=common.PIXEL_SUFFIXES, flag="--predict")
-    backbone, args, report = prepare(str(source), args, {})
-    pyramid = Pyramid(backbone, args.weights, saved["p2"])
-    sizes = (saved[name] for name in ("oriented", "fpn_dim", "head_convs"))
-    detector = Detector(pyramid, len(saved["classes"]), *sizes)
-    detector.load_state_dict({**detector.pyramid.state_dict(prefix="pyramid."), **saved["detector"]})
+        common.fail(f"--weights {source}: give a folder that this script filled: {error}")
+    vars(args).update(saved["args"])
+    state, info = common.read_weights(str(source))
+    args.mean, args.std = info["mean"], info["std"]
+    dtype = torch.uint8 if saved["is_uint8"] else torch.float32
+    backbone = build(str(source), state, info, args.mean, args.std, dtype, args)
+    detector = build_detector(backbone.model, len(saved["classes"]), args)
+    detector.head.load_state_dict(saved["head"])
+    paths = common.list_images(args.predict, args.output_dir, flag="--predict", bands=args.bands)
+    samples = common.Samples(paths, args.in_chans, args.bands)
+    samples.dtype = dtype
     out = common.make_output_dir(args.output_dir, process) / "predictions"
-    found = detect_all(common.to_device(detector, process.device), paths, args, process)
+    found = detect_all(common.to_device(detector, process.device), samples, args, process)
     if not process.is_main:
         return
-    print(report)
     for path, boxes in zip(paths, found, strict=True):
-        file = out / Path(path).relative_to(args.predict).with_suffix(".txt")
         lines = []
-        for corners, score, label in zip(*surest(boxes), strict=True) if boxes else ():
-            numbers = " ".join(f"{x:.1f}" for x in to_corners(corners[None]).flatten().tolist())
+        for corners, score, label in zip(to_corners(boxes[0]), *boxes[1:], strict=True) if boxes else ():
+            numbers = " ".join(f"{x:.1f}" for x in corners.flatten().tolist())
             lines.append(f"{numbers} {saved['classes'][label]} 0 {score:.3f}\n")
+        file = out / f"{stem(path, Path(args.predict))}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         data = "".join(lines).encode()
         common.write_atomically(file, lambda stream, data=data: stream.write(data))
-    print(f"{len(paths)} images: {out}")
-
-
-def print_table(lines: list[dict]) -> None:
-    """AP in %: a row for each of the weights, then AP50 of the classes."""
-    width = max(len(line["weights"]) for line in lines) + 2
-    names = [name for name in lines[0] if name.startswith("ap")]
-    print(f"\n{lines[0]['boxes']} boxes, AP in %")
-    print(" " * width + "".join(f"{name:>20}" for name in names))
-    for line in lines:
-        print(f"{line['weights']:{width}}" + "".join(f"{line[name]:20.2f}" for name in names))
-    print("\nAP50 of each class (boxes)")
-    for name, row in lines[0]["per_class"].items():
-        values = "".join(f"{line['per_class'][name]['ap50']:9.2f}" for line in lines)
-        print(f"  {name:24}{row['boxes']:7}{values}")
-    print()
-
-
-def run_all(args: argparse.Namespace, process: Process) -> None:
-    """Trains and evaluates a detector on each of --weights, and writes the results."""
-    samples, tests, classes, oriented = load_data(args.data_path)
-    oriented = oriented if args.boxes == "auto" else args.boxes == "oriented"
-    out = common.make_output_dir(args.output_dir, process)
-    prepared, borrowed = [], {}
-    for name in sorted(args.weights, key="random".__eq__):  # random last: it borrows
-        prepared.append(prepare(name, args, borrowed))
-        borrowed = {key: getattr(prepared[0][1], key) for key in ("arch", "patch_size", "mean", "std")}
-    lines = []
-    for backbone, own, report in prepared:
-        began = time.perf_counter()
-        if len(prepared) > 1:
-            own.output_dir = str(out / re.sub(r"[^\w.-]+", "_", own.weights).strip("_"))
-        detector = train(backbone, report, samples, classes, oriented, own, process)
-        if detector is None:
-            if process.is_main:
-                print("stopped before the end, without a result")
-            return
-        found = detect_all(detector, [sample.path for sample in tests], own, process)
-        if process.is_main:
-            draw_examples(Path(own.output_dir) / "examples.png", tests, found, oriented, own)
-            lines.append({
-                "task": "detection", "weights": own.weights, "checkpoint_key": args.checkpoint_key,
-                "arch": own.arch, "data": args.data_path, "boxes": "oriented" if oriented else "horizontal",
-                "img_size": own.img_size, "finetune": own.finetune, "p2": own.p2, "epochs": own.epochs,
-                "lr": own.lr, "seed": own.seed, "train_images": len(samples), "test_images": len(tests),
-                **evaluate(found, tests, classes, oriented), "seconds": round(time.perf_counter() - began, 1),
-                "versions": common.versions()})
-            append_result(out, lines[-1])
-    if process.is_main:
-        print_table(lines)
-        print("\n".join(map(json.dumps, lines)), flush=True)
+    print(f"{backbone.report}\n{len(paths)} images: {out}")
 
 
 def main() -> None:
-    """Parses and checks the flags, joins the processes, trains and evaluates, or predicts."""
+    """Parses and checks the flags, joins the processes; trains and evaluates, or predicts."""
     args = get_parser().parse_args()
     check_args(args)
     process = common.init_process(args.device)
-    (predict if args.predict else run_all)(args, process)
+    common.autocast(args.amp, process.device)  # chooses the form of attention of networks built from now on
+    (predict if args.predict else compare)(args, process)
     process.leave()
 
 
