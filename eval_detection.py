@@ -62,7 +62,7 @@ import torch.nn.functional as F
 from PIL import ImageDraw
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
-from torchvision.transforms.v2.functional import pil_to_tensor, resize, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 from tqdm import tqdm
 
 import common
@@ -201,11 +201,6 @@ def to_polygons(boxes: Tensor) -> np.ndarray:
     return shapely.polygons(np.round(1024 * to_corners(boxes.double()).numpy()) / 1024)
 
 
-def hulls_overlap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Bounds ... x 4 of polygons, broadcast: True where the upright hulls share an area."""
-    return ((a[..., :2] < b[..., 2:]) & (b[..., :2] < a[..., 2:])).all(-1)
-
-
 def pair_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """IoU of polygons, broadcast; 0 where neither has an area."""
     intersection = shapely.area(shapely.intersection(a, b))
@@ -215,7 +210,7 @@ def pair_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def iou_matrix(a: Tensor, b: Tensor) -> np.ndarray:
     """Polygon IoU N x M of boxes N x 5 and M x 5."""
     a, b, iou = to_polygons(a), to_polygons(b), np.zeros((len(a), len(b)))
-    i, j = hulls_overlap(shapely.bounds(a)[:, None], shapely.bounds(b)).nonzero()
+    i, j = shapely.STRtree(b).query(a)  # pairs whose upright hulls meet
     iou[i, j] = pair_iou(a[i], b[j])
     return iou
 
@@ -224,12 +219,13 @@ def nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float) -> Tens
     """Indices of the boxes to keep, best first: those that no better one of their class overlaps too much."""
     order = scores.argsort(descending=True, stable=True)
     polygons, classes = to_polygons(boxes[order]), labels[order].numpy()
-    bounds, alive, kept = shapely.bounds(polygons), np.ones(len(order), bool), []
+    (low, high), alive, kept = np.hsplit(shapely.bounds(polygons), 2), np.ones(len(order), bool), []
     for i in range(len(order)):
         if alive[i]:
             kept.append(i)
-            rivals = alive[i + 1 :] & (classes[i + 1 :] == classes[i])
-            rivals = i + 1 + np.flatnonzero(rivals & hulls_overlap(bounds[i], bounds[i + 1 :]))
+            # The later ones that are left, of this class, whose upright hull meets its own.
+            near = alive & (classes == classes[i]) & ((low[i] < high) & (low < high[i])).all(1)
+            rivals = i + 1 + np.flatnonzero(near[i + 1 :])
             alive[rivals[pair_iou(polygons[i], polygons[rivals]) > threshold]] = False
     return order[kept]
 
@@ -666,7 +662,6 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
 # Evaluation
 # --------------------------------------------------------------------------------------------------
 
-
 Found = tuple[Tensor, Tensor, Tensor]  # boxes N x 5, scores N and class numbers N of an image, best first
 
 
@@ -699,23 +694,22 @@ def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process
 
 
 def detect_all(detector: nn.Module, samples: common.Samples, args: argparse.Namespace,
-               process: Process) -> list[Found | None]:
-    """Boxes of all images, in every process; None for unreadable ones, of which there may be 1 %."""
+               process: Process) -> dict[int, Found]:
+    """Boxes of each image by its number, in every process; fails where more than 1 % are unreadable."""
     detector.eval()
-    found, numbers = [], range(process.rank, len(samples), process.world_size)
-    for i in tqdm(numbers, "images", leave=False, disable=None if process.is_main else True):
+    found, mine = {}, range(process.rank, len(samples), process.world_size)
+    for i in tqdm(mine, "images", leave=False, disable=None if process.is_main else True):
         try:
-            found.append(detect(detector, samples[i], args, process))
+            found[i] = detect(detector, samples[i], args, process)
         except common.UnreadableImageError as error:
             print(f"warning: unreadable, left out: {error}", file=sys.stderr)
-            found.append(None)
     parts = [found]
     if process.world_size > 1:
         parts = [None] * process.world_size
         dist.all_gather_object(parts, found, group=process.cpu_group)
-    found = [parts[i % process.world_size][i // process.world_size] for i in range(len(samples))]
-    if (lost := found.count(None)) > 0.01 * len(found):
-        common.fail(f"{lost} of {len(found)} images unreadable, over 1 %", code=1)
+    found = {i: part[i] for i in range(len(samples)) for part in parts if i in part}
+    if (lost := len(samples) - len(found)) > 0.01 * len(samples):
+        common.fail(f"{lost} of {len(samples)} images unreadable, over 1 %", code=1)
     return found
 
 
@@ -748,14 +742,14 @@ def average_precision(verdict: np.ndarray, boxes: int) -> tuple[float, float]:
     return 100 * float(area), 100 * float(np.mean(points))
 
 
-def evaluate(found: list[Found], samples: list[Sample], classes: list[str], oriented: bool) -> dict:
+def evaluate(found: dict[int, Found], samples: list[Sample], classes: list[str], oriented: bool) -> dict:
     """Average precision in %, mean over the classes that the images hold, and by class."""
     thresholds = [0.5, 0.75] if oriented else np.arange(0.5, 1, 0.05).round(2).tolist()
     per_class = {}
     for number, name in enumerate(classes):
         scores, verdicts, boxes = [], [], 0
-        for (guess, score, label), sample in zip(found, samples, strict=True):
-            own, true = label == number, sample.labels == number
+        for i, (guess, score, label) in found.items():
+            sample, own, true = samples[i], label == number, samples[i].labels == number
             iou, difficult = iou_matrix(guess[own], sample.boxes[true]), sample.difficult[true].numpy()
             scores.append(score[own].numpy())
             verdicts.append(np.stack([match(iou, difficult, threshold) for threshold in thresholds]))
@@ -788,14 +782,14 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, args: argparse.Name
     return pil_to_tensor(picture).float() / 255
 
 
-def draw_examples(found: list[Found], samples: list[Sample], pixels: common.Samples,
+def draw_examples(found: dict[int, Found], samples: list[Sample], pixels: common.Samples,
                   args: argparse.Namespace) -> None:
     """Writes examples.png, of up to 8 images: the truth, and what was found with a score above .3.
 
     Of two classes found at one place the surer is drawn.
     """
     rows = []
-    for i in range(0, len(samples), math.ceil(len(samples) / 8)):
+    for i in list(found)[:: math.ceil(len(found) / 8)]:
         image = pixels[i]
         boxes, scores, labels = (x[found[i][1] > 0.3] for x in found[i])
         kept = nms(boxes, scores, torch.zeros_like(labels), 0.5)
@@ -900,19 +894,16 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         found = detect_all(detector, pixels, own, process)
         if not process.is_main:
             continue
-        read = [i for i, boxes in enumerate(found) if boxes is not None]
-        found, tests = [found[i] for i in read], [test_samples[i] for i in read]
-        pixels.paths = [sample.path for sample in tests]
-        draw_examples(found, tests, pixels, own)
+        draw_examples(found, test_samples, pixels, own)
         saved = {"head": detector.head.state_dict(), "classes": classes,
                  "args": {name: getattr(own, name) for name in SAVED_FLAGS},
                  "is_uint8": backbone.dtype == torch.uint8}
         common.write_atomically(Path(own.output_dir) / "detector.pth", partial(torch.save, saved))
         settings = "finetune epochs optimizer lr backbone_lr seed checkpoint_key".split()
         lines.append({"task": "detection", "weights": own.weights[0], "data": args.data_path,
-                      "train_images": len(train_samples), "test_images": len(tests),
+                      "train_images": len(train_samples), "test_images": len(found),
                       **{name: getattr(own, name) for name in [*SAVED_FLAGS, *settings]},
-                      **evaluate(found, tests, classes, own.boxes == "oriented"),
+                      **evaluate(found, test_samples, classes, own.boxes == "oriented"),
                       "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
         append_result(out, lines[-1])
     if process.is_main:
@@ -955,16 +946,16 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     found = detect_all(common.to_device(detector, process.device), samples, args, process)
     if not process.is_main:
         return
-    for path, boxes in zip(paths, found, strict=True):
+    for i, (boxes, scores, labels) in found.items():
         lines = []
-        for corners, score, label in zip(to_corners(boxes[0]), *boxes[1:], strict=True) if boxes else ():
+        for corners, score, label in zip(to_corners(boxes), scores, labels, strict=True):
             numbers = " ".join(f"{x:.1f}" for x in corners.flatten().tolist())
             lines.append(f"{numbers} {saved['classes'][label]} 0 {score:.3f}\n")
-        file = out / f"{stem(path, Path(args.predict))}.txt"
+        file = out / f"{stem(paths[i], Path(args.predict))}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
         data = "".join(lines).encode()
         common.write_atomically(file, lambda stream, data=data: stream.write(data))
-    print(f"{backbone.report}\n{len(paths)} images: {out}")
+    print(f"{backbone.report}\n{len(found)} images: {out}")
 
 
 def main() -> None:
