@@ -14,9 +14,9 @@ high-precision bounding box for rotated object detection via Kullback-Leibler di
     # then the boxes of new images
     python eval_detection.py --predict NEW_IMAGES --weights BOXES --output_dir BOXES
 
-Each position of a pyramid of maps predicts the class of its object, the distances to the four sides of its
-box, and how the box is turned. There are no anchors and no special CUDA operators: the figures compare
-backbones, the best detectors get more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
+Each position of a pyramid of maps predicts a class, the distances to the four sides of its object's box, and
+how that is turned. No anchors, no special CUDA operators: the figures compare backbones, the best detectors
+get more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
 
     symbol    variable      flag (default)            what
     B         B             batch_size_per_gpu (2)    windows per process and micro-batch
@@ -36,8 +36,8 @@ Differs from the authors' code: no scale per level, GIoU or KLD with an angle te
 (KLD has no gradient for the angle of a square), 8 turns and flips, AdamW by default.
 
 In OUT, or in a folder in it for each of several weights: checkpoint.pth, detector.pth, backbone/, log.jsonl,
-examples.png (truth, prediction). OUT/results.jsonl: AP at IoU .5 by the area under the curve and by eleven
-points (VOC 2007, DOTA), and at higher IoU. OUT/predictions: a text per image, as DOTA's labels with scores.
+examples.png (truth, prediction). In OUT: results.jsonl, with AP at IoU .5 by the area under the curve and by
+eleven points (VOC 2007, DOTA) and at higher IoU; predictions/, texts as DOTA's labels with scores.
 """
 
 import argparse
@@ -86,16 +86,14 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", help="train/ and val/ (or test/), each with images/ and labelTxt/ or labels/")
     add("--predict", help="instead: find boxes in this folder's images, with an --output_dir as --weights")
-    add("--boxes", choices=["auto", "oriented", "horizontal"], default="auto", help="auto: horizontal where "
-        "all labels are")
-    add("--img_size", type=positive(int), default=1024, help="side of the windows that larger images are cut "
-        "into")
+    add("--boxes", choices=["auto", "oriented", "horizontal"], default="auto", help="auto: as labels are")
+    add("--img_size", type=positive(int), default=1024, help="side of windows that images are cut into")
     common.add_pixel_flags(add, tiles=False)
 
     add = parser.add_argument_group("model").add_argument
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
         "timm name, random; for --predict a folder of this script")
-    add("--arch", help="timm name of a net with maps of strides 4 to 32, or of a plain ViT; for a bare state "
+    add("--arch", help="timm name, of a net with maps at strides 4 to 32 or a plain ViT; for a bare state "
         "dict, and for random alone")
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
@@ -103,22 +101,21 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=True, help="train the backbone too; without: it stays frozen")
-    add("--p2", action=yes_no, default=False, help="add maps of stride 4; we recommend it where objects are "
-        "under 20 px, at three times the time")
+    add("--p2", action=yes_no, default=False, help="add maps at stride 4: finds objects under 20 "
+        "px better, takes three times as long")
     add("--fpn_dim", type=positive(int), default=256, help="channels of pyramid and heads; 64 on a CPU")
     add("--head_convs", type=positive(int), default=4, help="convolutions of each head; 2 on a CPU")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), default=12, help="as many random windows as cover all images; small "
-        "data needs more")
+    add("--epochs", type=positive(int), default=12, help="small data needs more")
     add("--batch_size_per_gpu", type=positive(int), default=2, help="windows per process and micro-batch")
     add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="the papers: sgd")
     add("--lr", type=positive(float), default=1e-3, help="not scaled to the batch; we recommend 2e-3 on "
         "small data; the papers: .005 for two images, with sgd")
     add("--backbone_lr", type=positive(float), help="default: .3 of --lr; for random weights --lr is better")
-    add("--schedule", type=positive(int), nargs="+", help="epochs at which the rate falls to a tenth; the "
-        "papers: 8 11; default: cosine to 0")
+    add("--schedule", type=positive(int), nargs="+", help="epochs when the rate falls to .1, 8 11 in the "
+        "papers; default: cosine to 0")
     add("--weight_decay", type=not_negative(float), default=0.05, help="not on biases and norms; sgd: 1e-4")
 
     common.add_run_flags(parser)
@@ -135,7 +132,7 @@ def check_args(args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
         if args.predict and name not in PREDICT_FLAGS and value != default(name):
             common.fail(f"--{name}: not with --predict, it is what the weights were trained with")
-    if "image_stats" in args.weights or len({folder_name(name) for name in args.weights}) < len(args.weights):
+    if "image_stats" in args.weights or len(set(map(folder_name, args.weights))) < len(args.weights):
         common.fail(f"--weights {words}: must be different, and no image_stats")
     if args.fpn_dim % 64:  # GroupNorm takes 32 groups, of two channels or more where a map is one cell
         common.fail(f"--fpn_dim {args.fpn_dim}: must be a multiple of 64")
@@ -335,11 +332,9 @@ def load_data(parts: list[tuple[Path, Path, bool]],
         common.fail(f"--data_path: unknown classes, which {known}: {', '.join(unknown[:10])}")
     corners = [torch.tensor(np.array([x[0] for x in objects])).float().view(-1, 4, 2)  # N x 4 x 2 per image
                for _, _, objects in train + test]
-    if args.boxes == "auto":  # horizontal: corners and those of the upright hull are the same points
-        every = torch.cat(corners)
-        away = (every[:, :, None] - to_corners(to_boxes(every, oriented=False))[:, None]).norm(dim=-1)
-        same = torch.maximum(away.amin(1), away.amin(2)).max() < 0.05
-        args.boxes = "horizontal" if same else "oriented"
+    if args.boxes == "auto":  # horizontal: no smallest rectangle is smaller than the upright one
+        tight, upright = (to_boxes(torch.cat(corners), turned)[:, 2:4].prod(1) for turned in (True, False))
+        args.boxes = "oriented" if (tight < 0.99 * upright).any() else "horizontal"
     samples = [Sample(path, size, to_boxes(own, args.boxes == "oriented"),
                       torch.tensor([numbers[name] for _, name, _ in objects], dtype=torch.long),
                       torch.tensor([difficult for *_, difficult in objects], dtype=torch.bool))
@@ -562,12 +557,7 @@ def assign(positions: Tensor, strides: Tensor, boxes: Tensor, ignored: Tensor) -
     """Number of the box that each position learns, P; -1: background; -2: it counts in no loss.
 
     That is the smallest of those that hold the position, near their centre, and whose size fits its level.
-
-    Args:
-        positions: P x 2.
-        strides: P.
-        boxes: N x 5.
-        ignored: M x 5, boxes cut off by the window.
+    Positions P x 2, strides P, boxes N x 5, ignored ones (cut off by the window) M x 5.
     """
     low = torch.where(strides == strides.min(), 0, 4 * strides)[:, None]
     high = torch.where(strides == strides.max(), math.inf, 8 * strides)[:, None]
@@ -613,15 +603,10 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
                    process: Process) -> tuple[Tensor, dict[str, Tensor]]:
     """Focal loss of the classes, KLD with the angle term or GIoU of the boxes, cross-entropy of centreness.
 
-    Args:
-        outputs: of Head.
-        targets: B x M x 6, of BoxWindows.
-        process: for sums over all processes.
-
-    Returns:
-        the loss; its parts, positions that learn a box, and objects that no position learns.
+    Of Head's outputs and the targets B x M x 6 of BoxWindows. Returns the loss; its parts, how many positions
+    learn a box, and how many objects no position learns.
     """
-    (logits, raw, positions, strides) = outputs
+    logits, raw, positions, strides = outputs
     # What each position learns: a box, that there is none, or nothing.
     index, truth, unseen = [], [], 0
     for rows in targets:
@@ -728,11 +713,9 @@ def match(iou: np.ndarray, difficult: np.ndarray, threshold: float) -> np.ndarra
 
 
 def average_precision(verdict: np.ndarray, boxes: int) -> tuple[float, float]:
-    """Area under the curve of precision over recall, and its mean at eleven points, in %.
+    """Area under the curve of precision over recall, and the mean precision at eleven recalls, in %.
 
-    Args:
-        verdict: 1 or 0 for each detection of a class, best first.
-        boxes: how many there are to find.
+    Of verdicts 1 or 0 on the detections of a class, best first, and the number of boxes to find.
     """
     right = verdict.cumsum()
     recall, precision = right / boxes, right / np.arange(1, len(verdict) + 1)
