@@ -32,7 +32,8 @@ place, to predict what the branch encoder makes of the other crop. Read "Masks a
     m         momentum           momentum (.996)             of the branch encoder, cosine to 1
 
 Differs from the authors' code:
-- they add normalised offsets to positions as if they were pixels, so most of their pairs are not neighbours;
+- positions match by their distance in source pixels; the authors add normalised offsets to pixel coordinates,
+  so most of their matches are not the nearest positions;
 - both views' keys enter the queue once (theirs: once per process); the centre's mean is over all processes;
 - both views go through the encoders, and their BatchNorm, as one batch; no weight decay on biases and norms;
 - the frequency loss compares mean spectra of a process's micro-batch; the first moving average and tau_b are
@@ -42,8 +43,6 @@ Differs from the authors' code:
 
 In OUT: checkpoint.pth, backbone/ (the online encoder's, for timm; its BatchNorm has the statistics of masked
 images), log.jsonl, views.png, reconstruction.png.
-Is my loss normal? `reconstruction` starts at .2 to .6 and falls. `global` (chance: ln(K + 1)) starts low,
-while the queue holds noise, and may rise late. `local` at ln of --local_dim: lower --teacher_temp.
 """
 
 import argparse
@@ -128,7 +127,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
+    """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 10, args.epochs)
     if args.warmup_teacher_temp_epochs is None:
         args.warmup_teacher_temp_epochs = min(50, args.epochs // 4)
@@ -473,7 +472,7 @@ def focal_frequency(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
     w = torch.where(mask > 0, 1.0, 0.001)  # share of the prediction that has a gradient
     blended = w * prediction + (1 - w) * 0.5 * (prediction.detach() + image)
     # The spectrum of the mean is the mean of the spectra.
-    difference = torch.fft.fft2(blended.mean(0) - image.mean(0), norm="ortho")  # 3 x H x W
+    difference = torch.fft.fft2(blended.mean(0) - image.mean(0), norm="ortho")  # C x H x W
     distance = difference.real**2 + difference.imag**2
     weight = (distance.detach().sqrt() + 1).log()
     weight = (weight / weight.max().clamp(min=1e-12)).clamp(0, 1)
@@ -539,15 +538,6 @@ class Memory(nn.Module):
         self.queue[:, columns] = keys.T
         self.queue_ptr.add_(N).remainder_(K)
 
-    def centers(self, means: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The centre that the first direction sees, that the second sees, and that after both; c stays.
-
-        Each direction moves it, c <- .9 c + .1 mean, by the branch's mean output at its matches: a row of
-        `means`, 2 x local_dim.
-        """
-        second = self.center.lerp(means[0], 0.1)
-        return self.center, second, second.lerp(means[1], 0.1)
-
 
 @torch.no_grad()
 def batch_top1(q: Tensor, k: Tensor) -> Tensor:
@@ -596,7 +586,7 @@ def build_encoders(args: argparse.Namespace, process: Process) -> tuple[OnlineEn
 
 def schedules(step: int, run: common.Run, args: argparse.Namespace) -> tuple[float, float, float]:
     """Learning rate, momentum of the branch encoder and its temperature at a step."""
-    # A cosine over all steps, times a ramp from a hundredth over the first W; W = 0: no ramp.
+    # Cosine over all steps; during the first W also a linear ramp from 1 % to 100 %.
     lr = common.cosine_schedule(args.lr * run.effective_batch / 64, args.min_lr, step, run.total_steps)
     W = round(args.warmup_epochs * run.steps_per_epoch)
     if step < W:
@@ -627,7 +617,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
         print(f"warning: --moco_k {args.moco_k}: more keys than the {len(samples)} images; the queue often "
               "holds older keys of the query's own image, as negatives", file=sys.stderr)
 
-    # Networks: resumed, or started, and then the branch encoder starts as the online encoder
+    # Networks, new or resumed. --init fills the online encoder alone, so the branch encoder is copied from
+    # it, part by part: it has no mask token and no decoder.
     online, branch = build_encoders(args, process)
     memory = Memory(args.moco_k, args.local_dim).to(process.device)
     init = common.init_backbone(online.backbone, args, run.saved)
@@ -647,7 +638,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
     advice = "Try a lower --lr, more --warmup_epochs, or a larger --momentum"
     header = {"scaled_lr": args.lr * run.effective_batch / 64, "num_matches": num_matches,
               "chance_global": math.log(args.moco_k + 1), "chance_local": math.log(args.local_dim)}
-    for step in run.steps(loader, init, {"feature_std": 0.05}, advice, **header):
+    floors = {"feature_std": 0.05}  # a collapsed network stays below
+    for step in run.steps(loader, init, floors, advice, **header):
         lr, momentum, teacher_temp = schedules(step, run, args)
         common.set_lr(optimizer, lr)
         keys, means, terms = [], [], []
@@ -665,9 +657,9 @@ def train(args: argparse.Namespace, process: Process) -> None:
             blocks = draw_masks(2 * B, s, args.mask_ratio, common.generator(seed, "mask")).to(process.device)
             mask = enlarge(blocks, args.img_size)  # 2B x 1 x H x W
             masked = torch.where(mask > 0, images.mean((2, 3), keepdim=True), images)
-            view_1, view_2 = geometry.unbind(1)
-            positions_1, matches_12, distances_12 = match_positions(view_1, view_2, map_side, num_matches)
-            positions_2, matches_21, distances_21 = match_positions(view_2, view_1, map_side, num_matches)
+            place_1, place_2 = geometry.unbind(1)  # B x 5 each
+            positions_1, matches_12, distances_12 = match_positions(place_1, place_2, map_side, num_matches)
+            positions_2, matches_21, distances_21 = match_positions(place_2, place_1, map_side, num_matches)
             positions = torch.cat([positions_1, positions_2])  # 2B x n
 
             # The branch encoder sees the views whole: keys; and, where the other view matches, its targets.
@@ -688,9 +680,11 @@ def train(args: argparse.Namespace, process: Process) -> None:
                 (q_1, q_2), (k_1, k_2) = q.chunk(2), k.chunk(2)
                 l_global = (global_loss(q_1, k_2, memory.queue, args.moco_t)
                             + global_loss(q_2, k_1, memory.queue, args.moco_t)) / 2
-                # Local distillation: the second direction sees the centre as the first moves it.
+                # Local distillation: the authors move the centre after each direction, so the second sees it
+                # as the first has moved it. What stays moves below, once a step.
                 mean = process_mean(targets.float().mean((1, 2)), process)  # 2 x local_dim
-                center_1, center_2, _ = memory.centers(mean)
+                center_1 = memory.center
+                center_2 = center_1.lerp(mean[0], 0.1)
                 (output_1, output_2), temps = outputs.chunk(2), (args.student_temp, teacher_temp)
                 l_local = (local_loss(output_1, targets[0], center_1, *temps)
                            + local_loss(output_2, targets[1], center_2, *temps)) / 2
@@ -699,7 +693,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
                 scaler.scale(loss / args.accum_steps).backward()
             keys.append(gather(torch.stack([k_1, k_2], 1), process))  # B x 2 x 256, image by image
             means.append(mean)
-            terms.append({**{name: x.detach() for name, x in {"loss": loss, **losses}.items()},
+            terms.append({"loss": loss.detach(), **{name: x.detach() for name, x in losses.items()},
                           "batch_top1": (batch_top1(q_1, k_2) + batch_top1(q_2, k_1)) / 2,
                           "match_distance": torch.cat([distances_12, distances_21]).mean(),
                           "feature_std": common.feature_std(pooled)})
@@ -709,7 +703,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
         common.optimizer_step(optimizer, scaler)
         for name, part in branch.named_children():
             common.update_ema(online.get_submodule(name), part, momentum)
-        memory.center = memory.centers(torch.stack(means).mean(0))[-1]  # moves once a step
+        mean_1, mean_2 = torch.stack(means).mean(0)  # over micro-batches
+        memory.center = memory.center.lerp(mean_1, 0.1).lerp(mean_2, 0.1)
         memory.enqueue(torch.cat(keys).flatten(0, 1))
         if run.is_due(step):
             draw_reconstruction(run, images[:B], masked[:B], prediction[:B], mask[:B], crops.dtype)

@@ -1,7 +1,7 @@
 """Small helpers shared by the scripts. None is a method's idea; take one along with what it calls.
 
-What belongs to a method, and each training loop, stands in its script, twice or four times if need be: who
-mends one such twin (`main`, `gather`, `enqueue`, `teacher_temp_at`, the heads) mends the others.
+What belongs to a method, and each training loop, stands in its script, even where two or four scripts hold
+the same lines. If you fix one copy (`main`, `gather`, `enqueue`, the heads), fix the others.
 
 Order: errors, processes and seeds; data; colour on whole batches; backbones and their weights; optimisation;
 what a run writes.
@@ -970,7 +970,7 @@ class StepSampler(torch.utils.data.Sampler):
     """Batches of (epoch, index) for one process, from any optimizer step to any later one, across epochs.
 
     Each epoch is one permutation drawn from (seed, epoch), cut into steps of the effective batch; the rest is
-    dropped. Each micro-batch of each process is a slice of the step. So a resumed run goes on where it
+    dropped. Each micro-batch of each process is a slice of the step. So a resumed run continues where it
     stopped, and a worker needs no state. Memory: one permutation, 8 bytes per image.
     """
 
@@ -1892,7 +1892,20 @@ def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     model.to(device)
     if device.type != "mps" and not any(hasattr(module, "patch_embed") for module in model.modules()):
         model.to(memory_format=torch.channels_last)
+    if device.type == "cpu":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and module.padding != (0, 0):
+                module.register_forward_pre_hook(_pad_single_pixels)
     return model
+
+
+def _pad_single_pixels(conv: nn.Conv2d, inputs: tuple[Tensor]) -> Tensor | None:
+    # oneDNN's weight gradient in bf16 holds NaN where a padded, strided convolution meets a side of one pixel
+    # (torch 2.14, oneDNN 3). One more row or column of zeros is part of its padding: the output is the same.
+    height, width = inputs[0].shape[2:]
+    if 1 in (height, width):
+        return nn.functional.pad(inputs[0], (0, int(width == 1), 0, int(height == 1)))
+    return None
 
 
 def distributed(model: nn.Module, process: Process) -> nn.Module:

@@ -143,7 +143,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
+    """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 10, args.epochs)
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
@@ -281,8 +281,8 @@ def color_views(crops: list[Tensor], views: list[View], args: argparse.Namespace
         generator: on the CPU.
 
     Returns:
-        groups of views that go through the network as one batch, float (n_views * B) x 3 x size x size, view
-        by view: first all global ones, then local ones, joined where neighbours have the same size.
+        groups of views that go through the network as one batch, float (n_views * B) x bands x size x size,
+        view by view: first all global ones, then local ones, joined where neighbours have the same size.
     """
     B = len(crops[0])
 
@@ -367,7 +367,7 @@ class Network(nn.Module):
         self.backbone, self.head, self.multiple = backbone, head, multiple
 
     def forward(self, groups: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Groups of views N_g x 3 x s x s -> outputs N x K, features N x D, N the sum of N_g.
+        """Groups of views N_g x bands x s x s -> outputs N x K, features N x D, N the sum of N_g.
 
         The backbone runs once per group, the head once on everything.
         """
@@ -425,7 +425,7 @@ class DINOLoss(nn.Module):
 
 @torch.no_grad()
 def health(teacher_out: Tensor, center: Tensor, teacher_temp: float) -> dict[str, float]:
-    """Figures of the teacher that tell learning from collapse.
+    """Log figures of the teacher that show whether it collapses.
 
     Args:
         teacher_out: T x B x K outputs.
@@ -534,7 +534,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
     locations = group_locations(samples, args)
     run = common.Run(args, process, samples=len(locations or samples), images=len(samples.paths))
 
-    # Networks: resumed, or started, and then the teacher starts as the student
+    # Networks, new or resumed. --init fills the student alone, so the teacher is copied from it.
     student, teacher, views = build_networks(args)
     T, V = sum(view.for_teacher for view in views), len(views)
     dino_loss = DINOLoss(args.out_dim, args.student_temp).to(process.device)
@@ -555,7 +555,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
               "--use_bn_in_head")
     header = {"scaled_lr": args.lr * run.effective_batch / 256, "views": [view.size for view in views],
               "chance_loss": math.log(args.out_dim)}
-    for step in run.steps(loader, init, {"kl": 0.02, "feature_std": 0.05}, advice, **header):
+    floors = {"kl": 0.02, "feature_std": 0.05}  # a collapsed network stays below
+    for step in run.steps(loader, init, floors, advice, **header):
         now = schedules(step, run, args)
         common.set_lr(optimizer, now["lr"])
         optimizer.param_groups[0]["weight_decay"] = now["weight_decay"]  # the other group has none
@@ -563,7 +564,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         teacher_mean, terms = torch.zeros_like(dino_loss.center), []
 
         for micro in range(args.accum_steps):
-            crops = run.fetch()  # V times B x 3 x size x size
+            crops = run.fetch()  # V times B x bands x size x size
             B = len(crops[0])
             # Drop path draws from torch's own generator: seeded, so that a resumed run draws the same.
             torch.manual_seed(common.stream_seed(args.seed, "drop path", step, micro, process.rank))

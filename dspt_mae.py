@@ -10,7 +10,7 @@ data for remote sensing domain", Remote Sensing 2022. Builds on MAE (K. He et al
     python dspt_mae.py --data_path IMAGES --output_dir OUT --init mae_pretrain_vit_base_full.pth --epochs 100
     # several GPUs: a second domain after the first, here SAR images of one channel
     python -m torch.distributed.run --nproc_per_node 4 dspt_mae.py --data_path SAR --output_dir OUT2 \
-        --init OUT --in_chans 1 --mean .4 --std .2 --epochs 100
+        --init OUT --in_chans 1 --epochs 100
 
 The encoder, a ViT, sees a random 25 % of the patches of each image. A small decoder receives their features,
 with one learned mask token for each hidden patch, and predicts the hidden pixels. After training the decoder
@@ -27,11 +27,6 @@ baseline. Read `random_masking`, `MaskedAutoencoder`, `mae_loss` and `train` fir
     n          n           mask_ratio (.75)               patches that the encoder sees: 49
     D          D           arch (vit_base_patch16_224)    width of the encoder: 768
     -          decoder_*   decoder_dim (512), decoder_depth (8), decoder_heads (16): width, blocks, heads
-
-Is my loss normal? `flat_loss` is the loss of each hidden patch painted in its own mean: about 1 with
---norm_pix_loss. `loss` falls below it within a hundred steps or two, then slowly; if not, raise --lr or take
-smaller patches. `feature_std` (of the class token, which no loss pulls apart) is usually .3 to .6. Look at
-reconstruction.png. kNN says little about MAE: evaluate with eval_linear.py.
 
 Differs from the authors' code:
 - for other image sizes fixed positions are computed anew, learned ones resampled and kept fixed; the patch
@@ -189,7 +184,7 @@ def sincos_positions(D: int, grid: tuple[int, int]) -> Tensor:
     h, w = grid
     omega = 10000 ** (-torch.arange(D // 4, dtype=torch.float64) / (D / 4))
     row, column = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-    angles = [number.reshape(-1, 1) * omega for number in (column, row)]  # h*w x D/4 each
+    angles = [index.reshape(-1, 1) * omega for index in (column, row)]  # h*w x D/4 each
     positions = torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], 1)
     return torch.cat([torch.zeros(1, D), positions.float()])
 
@@ -433,7 +428,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
     samples = common.load_samples(args, process, common.IMAGENET_MEAN, common.IMAGENET_STD)
     run = common.Run(args, process, samples=len(samples), images=len(samples.paths))
 
-    # Network: resumed, or started, from --init or from scratch
+    # Network: new (from --init or from scratch) or resumed
     network = build_network(args)
     p, grid = network.backbone.patch_embed.patch_size[0], network.backbone.patch_embed.grid_size
     N = grid[0] * grid[1]
@@ -456,7 +451,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
     advice = "Try a lower --lr or more --warmup_epochs"
     header = {"scaled_lr": base_lr, "patches": f"{grid[0]} x {grid[1]} of {p} px",
               "kept_patches": kept_patches(N, args.mask_ratio)}
-    for step in run.steps(loader, init, {"feature_std": 0.05}, advice, **header):
+    floors = {"feature_std": 0.05}  # a collapsed network stays below
+    for step in run.steps(loader, init, floors, advice, **header):
         lr = common.cosine_schedule(base_lr, args.min_lr, step, run.total_steps, warmup_steps)
         common.set_lr(optimizer, lr)
         terms = []

@@ -45,11 +45,9 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import re
 import sys
 import time
-from collections import OrderedDict
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +66,7 @@ from tqdm import tqdm
 import common
 from common import Process, not_negative, positive
 from eval_knn import append_result, build, prepare
+from eval_segmentation import STRIDES, Pyramid, rescale, stem
 
 SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
 CLIP_GRAD = 35.0  # greatest norm of the gradient, as in the papers
@@ -308,12 +307,6 @@ def read_part(images: Path, labels: Path, yolo: bool, args: argparse.Namespace) 
     return read
 
 
-def stem(path: str, root: Path) -> str:
-    """Path below `root` without suffix; of a folder of bands with all its dots."""
-    below = os.path.relpath(path, root)
-    return below if os.path.isdir(path) else os.path.splitext(below)[0]
-
-
 def load_data(parts: list[tuple[Path, Path, bool]],
               args: argparse.Namespace) -> tuple[list[Sample], list[Sample], list[str]]:
     """Training and test images and the classes' names, of find_part's folders; sets args.boxes if auto."""
@@ -425,70 +418,23 @@ class BoxWindows(torch.utils.data.Dataset):
 # --------------------------------------------------------------------------------------------------
 
 
-class Pyramid(nn.Module):
-    """Maps of a timm backbone (in eval mode) at strides 8, 16 and 32, with `p2` 4 too; a ViT's at its patch.
-
-    Attributes:
-        channels, strides: of the maps.
-        targets: strides to bring them to; near 4 to 32 for a ViT whose patch is no power of 2.
-    """
-
-    def __init__(self, backbone: nn.Module, in_chans: int, finetune: bool, p2: bool, name: str):
-        super().__init__()
-        self.backbone, first = backbone, 0 if p2 else 1
-        reductions = [stage["reduction"] for stage in getattr(backbone, "feature_info", ())]
-        self.targets = [4.0, 8.0, 16.0, 32.0]
-        if len(set(reductions)) == 1:  # a ViT of n blocks
-            n, patch = len(reductions), reductions[0]
-            levels = [max(0, block) for block in (n // 3 - 1, n // 2 - 1, 2 * n // 3 - 1, n - 1)]
-            self.targets = [patch / 2 ** round(math.log2(patch / stride)) for stride in self.targets]
-        else:
-            last = {reduction: i for i, reduction in enumerate(reductions)}
-            levels = [last.get(stride) for stride in self.targets]
-        self.levels, self.targets = levels[first:], self.targets[first:]
-        self.multiple = round(self.targets[-1])
-        side = 2 * self.multiple
-        try:
-            maps = self.eval()(torch.zeros(1, in_chans, side, side))
-        except Exception as error:  # no such method, no such stage
-            common.fail(f"--weights {name}: timm gives no maps at strides 4, 8, 16, 32 of it: {error}")
-        self.channels, self.strides = zip(*((x.shape[1], side / x.shape[2]) for x in maps), strict=True)
-        sum(x.mean() for x in maps).backward()
-        for p in self.parameters():  # a layer behind the maps, such as a last norm, is not trained
-            p.requires_grad_(finetune and p.grad is not None)
-        self.zero_grad()
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """B x C x H x W of any size -> maps B x channels x h x w."""
-        H, W = images.shape[2:]
-        images = F.pad(images, (0, -W % self.multiple, 0, -H % self.multiple))
-        asked = sorted(set(self.levels))  # a shallow ViT has fewer
-        maps = self.backbone.forward_intermediates(images, indices=asked, intermediates_only=True)
-        return [maps[asked.index(level)] for level in self.levels]
-
-
-def rescale(channels: int, stride: float, target: float) -> nn.Module:
-    """Brings a map from `stride` to `target` by powers of 2."""
-    power, layers = round(math.log2(stride / target)), []
-    for i in range(power):
-        layers += [nn.BatchNorm2d(channels), nn.GELU()] * (i > 0)
-        layers += [nn.ConvTranspose2d(channels, channels, 2, stride=2)]
-    return nn.Sequential(*layers) if power >= 0 else nn.MaxPool2d(2**-power)
-
-
 class Head(nn.Module):
     """Feature pyramid network of `dim` channels, and the heads of FCOS, of `convs` layers, for K classes.
 
     The heads are shared by all levels. Oriented boxes take two more numbers per position, for the angle.
     """
 
-    def __init__(self, pyramid: Pyramid, K: int, oriented: bool, dim: int, convs: int):
+    def __init__(self, pyramid: Pyramid, K: int, oriented: bool, p2: bool, dim: int, convs: int):
         super().__init__()
-        self.strides = [*pyramid.targets, 2 * pyramid.targets[-1], 4 * pyramid.targets[-1]]
-        self.rescale = nn.ModuleList(map(rescale, pyramid.channels, pyramid.strides, pyramid.targets))
-        self.laterals = nn.ModuleList(nn.Conv2d(channels, dim, 1) for channels in pyramid.channels)
-        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in pyramid.channels)
-        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, stride=2) for _ in range(2))
+        self.first = 0 if p2 else 1  # of the maps
+        # A ViT whose patch is no power of 2 comes near strides 4 to 32.
+        targets = [s / 2 ** round(math.log2(s / t)) for s, t in zip(pyramid.strides, STRIDES, strict=True)]
+        channels, strides, targets = (x[self.first :] for x in (pyramid.channels, pyramid.strides, targets))
+        self.strides = [*targets, 2 * targets[-1], 4 * targets[-1]]
+        self.rescale = nn.ModuleList(map(rescale, channels, strides, targets))
+        self.laterals = nn.ModuleList(nn.Conv2d(c, dim, 1) for c in channels)
+        self.smooth = nn.ModuleList(nn.Conv2d(dim, dim, 3, padding=1) for _ in channels)
+        self.coarser = nn.ModuleList(nn.Conv2d(dim, dim, 3, stride=2, padding=1) for _ in range(2))
         self.class_tower, self.box_tower = (nn.Sequential(*itertools.chain(*(
             (nn.Conv2d(dim, dim, 3, padding=1), nn.GroupNorm(32, dim), nn.ReLU()) for _ in range(convs))))
             for _ in range(2))
@@ -503,15 +449,14 @@ class Head(nn.Module):
         self.to_box.bias.data[6:] = 1.0  # theta starts at 0
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Maps of Pyramid -> logits B x P x K, raw B x P x 5 or 7, positions P x 2 (x, y), strides P."""
-        maps = [scale(x) for scale, x in zip(self.rescale, maps, strict=True)]
+        """Four maps -> logits B x P x K, raw B x P x 5 or 7, positions P x 2 (x, y), strides P."""
+        maps = [scale(x) for scale, x in zip(self.rescale, maps[self.first :], strict=True)]
         maps = [conv(x) for conv, x in zip(self.laterals, maps, strict=True)]
         for i in range(len(maps) - 2, -1, -1):  # from the top down
             maps[i] = maps[i] + F.interpolate(maps[i + 1], size=maps[i].shape[2:], mode="nearest")
         maps = [conv(x) for conv, x in zip(self.smooth, maps, strict=True)]
-        # Padded by hand: oneDNN's bf16 gradient of a padded convolution of a 1 x 1 map is NaN at times.
-        maps.append(self.coarser[0](F.pad(maps[-1], [1] * 4)))
-        maps.append(self.coarser[1](F.pad(maps[-1].relu(), [1] * 4)))
+        maps.append(self.coarser[0](maps[-1]))
+        maps.append(self.coarser[1](maps[-1].relu()))
         logits, raw, positions, strides = [], [], [], []
         for x, stride in zip(maps, self.strides, strict=True):
             logits.append(self.to_logits(self.class_tower(x)).flatten(2))
@@ -523,12 +468,25 @@ class Head(nn.Module):
                 torch.cat(strides))
 
 
-def build_detector(backbone: nn.Module, K: int, args: argparse.Namespace) -> nn.Sequential:
-    """Normalised images B x C x H x W of any size -> what Head gives for K classes."""
+class Detector(nn.Module):
+    """Normalised images B x C x H x W of any size -> what Head gives; they are padded with the mean."""
+
+    def __init__(self, pyramid: Pyramid, head: Head):
+        super().__init__()
+        self.pyramid, self.head = pyramid, head
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """See Head."""
+        bottom, right = (-side % self.pyramid.multiple for side in images.shape[2:])
+        return self.head(self.pyramid(F.pad(images, (0, right, 0, bottom))))
+
+
+def build_detector(backbone: nn.Module, K: int, args: argparse.Namespace) -> Detector:
+    """A detector of K classes with a new head, by --seed."""
     torch.manual_seed(args.seed)
-    pyramid = Pyramid(backbone, args.in_chans, args.finetune, args.p2, args.weights[0])
-    head = Head(pyramid, K, args.boxes == "oriented", args.fpn_dim, args.head_convs)
-    return nn.Sequential(OrderedDict(pyramid=pyramid, head=head))
+    pyramid = Pyramid(backbone, args.in_chans, args.finetune, args.weights[0])
+    head = Head(pyramid, K, args.boxes == "oriented", args.p2, args.fpn_dim, args.head_convs)
+    return Detector(pyramid, head)
 
 
 def decode(raw: Tensor, positions: Tensor, strides: Tensor) -> Tensor:
@@ -786,7 +744,7 @@ def draw_examples(found: dict[int, Found], samples: list[Sample], pixels: common
 # --------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(detector: nn.Sequential, args: argparse.Namespace) -> torch.optim.Optimizer:
+def build_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum .9; the backbone at its own rate."""
     groups = common.param_groups(detector.head)
     for group in common.param_groups(detector.pyramid) if args.finetune else ():
@@ -805,7 +763,7 @@ def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float
     return common.cosine_schedule(args.lr, args.lr, step, run.total_steps, warmup_steps) * 0.1**drops
 
 
-def train(detector: nn.Sequential, samples: list[Sample], dtype: torch.dtype, report: str,
+def train(detector: Detector, samples: list[Sample], dtype: torch.dtype, report: str,
           args: argparse.Namespace, process: Process) -> bool:
     """Trains a detector on images of pixels of `dtype`; returns True when all steps are done."""
     dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,

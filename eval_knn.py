@@ -36,7 +36,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,21 +63,10 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="class folders, or train/ and val/ (or test/) holding them")
-    add("--img_size", type=positive(int), help="side of the centre crop; default: the weights' own, else 224")
-    add("--val_fraction", type=number(float, lambda share: 0 < share < 1, "above 0 and below 1"), default=0.2,
-        help="of each class, to test on; where there is no train/")
-    add("--split_seed", type=not_negative(int), default=0, help="of that split")
-    common.add_pixel_flags(add, tiles=False)
+    add_split_flags(add)
 
     add = parser.add_argument_group("model").add_argument
-    add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
-        "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
-    add("--arch", help="timm name; for a bare state dict, and for random alone")
-    add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
-    add("--checkpoint_key", help="network of a checkpoint to take, such as student; default: the one that "
-        "its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
-        "initial values")
+    add_weights_flags(add)
 
     add = parser.add_argument_group("method").add_argument
     add("--nb_knn", type=positive(int), nargs="+", help="k; DINO-MC's authors took 5 10 15 20; default: 10 "
@@ -93,6 +82,28 @@ def get_parser() -> argparse.ArgumentParser:
     add("--amp", choices=["auto", "bf16", "fp16", "off"], default="off", help="auto: bf16 on GPUs and "
         "CPUs that compute it natively")
     return parser
+
+
+def add_split_flags(add: Callable) -> None:
+    """Adds the flags of `load_split` and on the images to a group's `add`."""
+    add("--img_size", type=positive(int), help="side of the crop; default: the weights' own, else 224")
+    add("--val_fraction", type=number(float, lambda share: 0 < share < 1, "above 0 and below 1"), default=0.2,
+        help="of each class, to test on; where there is no train/")
+    add("--split_seed", type=not_negative(int), default=0, help="of that split, and of the part that "
+        "eval_linear.py chooses a rate on")
+    common.add_pixel_flags(add, tiles=False)
+
+
+def add_weights_flags(add: Callable) -> None:
+    """Adds the flags that `prepare` takes to a group's `add`."""
+    add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
+        "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
+    add("--arch", help="timm name; for a bare state dict, and for random alone")
+    add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
+    add("--checkpoint_key", help="network of a checkpoint to take, such as student; default: the one that "
+        "its run exports")
+    add("--allow_partial", action=argparse.BooleanOptionalAction, default=False,
+        help="accept weights that leave tensors at their initial values")
 
 
 # --------------------------------------------------------------------------------------------------

@@ -62,19 +62,9 @@ from torchvision.transforms.v2 import CutMix, MixUp, RandAugment, RandomChoice, 
 from torchvision.transforms.v2.functional import resized_crop
 
 import common
+import eval_knn
 from common import Process, not_negative, number, positive, unit
-from eval_knn import (
-    Backbone,
-    ImageStats,
-    LabelledImages,
-    append_result,
-    build,
-    center_and_spread,
-    extract_features,
-    load_split,
-    prepare,
-    print_classes,
-)
+from eval_knn import Backbone, ImageStats, LabelledImages, extract_features
 
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
 FREE_FLAGS = common.FREE_FLAGS - {"checkpoint_key", "allow_partial"} | {"per_class"}
@@ -98,22 +88,11 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("data").add_argument
     add("--data_path", help="class folders, or train/ and val/ (or test/) holding them")
     add("--predict", help="instead: classify this folder's images, with an --output_dir as --weights")
-    add("--img_size", type=positive(int), help="side of the crop; default: the weights' own, else 224")
-    add("--val_fraction", type=number(float, lambda share: 0 < share < 1, "above 0 and below 1"), default=0.2,
-        help="of each class, to test on; where there is no train/")
-    add("--split_seed", type=not_negative(int), default=0, help="of that split, and of the part that a rate "
-        "is chosen on")
-    common.add_pixel_flags(add, tiles=False)
+    eval_knn.add_split_flags(add)
 
     add = parser.add_argument_group("model").add_argument
-    add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
-        "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
-    add("--arch", help="timm name; for a bare state dict, and for random alone")
-    add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
+    eval_knn.add_weights_flags(add)
     add("--drop_path", type=unit(float), default=0.0, help="of the backbone in --finetune")
-    add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors at their "
-        "initial values")
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
@@ -439,7 +418,9 @@ class TrainingFeatures:
         self.K = args.epochs if args.protocol == "paper" else args.augment_passes
         self.passes = {}
         x, labels = extract_features(backbone, LabelledImages(samples, backbone), args, process)
-        self.center, self.spread = center_and_spread(x) if isinstance(backbone.model, ImageStats) else (0, 1)
+        self.center, self.spread = (0, 1)
+        if isinstance(backbone.model, ImageStats):
+            self.center, self.spread = eval_knn.center_and_spread(x)
         self.x, self.labels = self.standardise(x), labels.clone().to(process.device)
 
     def standardise(self, x: Tensor) -> Tensor:
@@ -605,7 +586,7 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     common.check_bands(args, len(info["mean"]))
     if args.in_chans != len(info["mean"]):
         common.fail(f"--in_chans {args.in_chans}: {source} learned from {len(info['mean'])} bands")
-    backbone = build(name, state, info, info["mean"], info["std"], dtype, args)
+    backbone = eval_knn.build(name, state, info, info["mean"], info["std"], dtype, args)
     if head["n_last_blocks"]:
         backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
     paths = common.list_images(args.predict, flag="--predict", bands=args.bands)
@@ -642,7 +623,7 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
     for line in lines:
         print(f"{line['weights']:{width}}" + "".join(f"{line[name]:11.2f}" for name in names)
               + f"{line['lr']:9g}")
-    print_classes("top-1 of each class", lines, classes)
+    eval_knn.print_classes("top-1 of each class", lines, classes)
 
 
 def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple[Tensor, Tensor],
@@ -662,33 +643,31 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
 
 def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     """Probes or fine-tunes each of --weights, and writes the results."""
-    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed, out,
-                                             args.bands)
+    train, test, classes, split = eval_knn.load_split(args.data_path, args.val_fraction,
+                                                      args.split_seed, out, args.bands)
     common.check_alike(process, training_images=len(train), test_images=len(test))
-    backbones = prepare(args, process, train, args.drop_path)
+    backbones = eval_knn.prepare(args, process, train, args.drop_path)
 
-    lines, versions, task = [], common.versions(), "finetune" if args.finetune else f"linear, {args.protocol}"
+    lines, versions, task = [], common.versions(), f"linear, {args.protocol}"
     # Of the free flags these may change figures a little.
     free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps", "compile"}
     free |= {"weights", "checkpoint_key", "arch", "img_size", "in_chans", "bands", "split_seed", "seed",
              "finetune"}
     settings = {name: value for name, value in changed_flags(args).items() if name not in free}
     kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
-    trained = backbones
     if args.finetune:  # what a checkpoint has to say of its network
-        (backbone,) = backbones
+        task, measure, trained, (backbone,) = "finetune", run_finetune, backbones, backbones
         args.img_size, args.mean = backbone.img_size, backbone.mean
         args.std, args.arch = backbone.std, backbone.arch
     elif (out / "checkpoint.pth").is_file():
         common.fail(f"--output_dir {out}: holds a training run, whose backbone would be replaced")
     else:
-        trained = [with_features(backbone, name, args.n_last_blocks, args.avgpool)
-                   for name, backbone in zip(args.weights, backbones, strict=True)]
+        measure, trained = probe, [with_features(backbone, name, args.n_last_blocks, args.avgpool)
+                                   for name, backbone in zip(args.weights, backbones, strict=True)]
     for name, backbone, model in zip(args.weights, backbones, trained, strict=True):
         began = time.perf_counter()
         if process.is_main and not args.finetune:  # which prints it, or where it resumes
             print(backbone.report, flush=True)
-        measure = run_finetune if args.finetune else probe
         done = measure(model, train, test, len(classes), args, process)
         if done is None:
             return
@@ -707,7 +686,7 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
                       "loading": backbone.report, **result, **figures,
                       "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
-            append_result(out, lines[-1])
+            eval_knn.append_result(out, lines[-1])
     if process.is_main:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)))

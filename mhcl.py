@@ -14,14 +14,15 @@ arXiv 2003.04297), which is `--no-mhcl` here.
         --batch_size_per_gpu 64
 
 Two views of each image: the query encoder sees one, the key encoder (its moving average) the other. A query
-has to find its own key among a queue of earlier keys. MHCL asks this after each of the four stages, and asks
-it again with pairs that are pushed apart and with negatives that are blends of two. Read `extrapolate`,
-`interpolate`, `MHCLLoss` and `train` first.
+has to find its own key among a queue of earlier keys. MHCL does so at each of the four stages, and once more
+with hard positives (the pair, pushed apart) and hard negatives (blends of two keys of the queue). The loss is
+the weighted sum of these eight cross-entropies. Read `extrapolate`, `interpolate`, `MHCLLoss` and `train`
+first.
 
     symbol       variable         flag (default)            what
     B            B                batch_size_per_gpu (128)  images per process and micro-batch
     S            S                mhcl                      scales: 4; with --no-mhcl 1
-    R            -                -                         rows of the loss: scales, hard features: 8; or 1
+    R            -                -                         rows of the loss: S, and S hard ones; 8 (MoCo: 1)
     C            moco_dim         moco_dim (128)            width of queries and keys
     K            K                moco_k (65536)            length of the queue
     q, k         q, k             -                         queries and keys, unit vectors
@@ -126,7 +127,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses pairs of flags that contradict each other; puts in defaults that depend on other flags."""
+    """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
     if args.schedule is not None:
@@ -159,7 +160,7 @@ class PairDataset(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
-        """Returns the query's and the key's view, C x img_size x img_size of the files' dtype."""
+        """Returns the query's and the key's view, bands x img_size x img_size of the files' dtype."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
         image = self.samples[index]
@@ -206,7 +207,7 @@ def draw_views(run: common.Run, crops_q: Tensor, crops_k: Tensor) -> None:
 
 
 def pooled_stages(backbone: nn.Module, images: Tensor, S: int) -> list[Tensor]:
-    """Images B x 3 x H x W -> S tensors B x width; the last are the backbone's own pooled features."""
+    """Images B x bands x H x W -> S tensors B x width; the last are the backbone's own pooled features."""
     if S == 1:
         return [backbone(images)]
     last, maps = backbone.forward_intermediates(images, indices=S)  # maps: B x width x h x w
@@ -231,11 +232,10 @@ class Encoder(nn.Module):
             self.projectors.append(nn.Sequential(*hidden, nn.Linear(width, moco_dim)))
 
     def forward(self, images: Tensor, bn_groups: int = 1) -> tuple[Tensor, Tensor]:
-        """B x 3 x H x W -> unit vectors B x S x C in float32, pooled features of the last scale B x D.
+        """B x bands x H x W -> unit vectors B x S x C in float32, pooled features of the last scale B x D.
 
-        BatchNorm's statistics tell which images a batch holds, and a query could find its key by them. So
-        queries and keys are normalised in different company: the batch goes through the backbone in
-        `bn_groups` parts, as if each were on a GPU of its own. (Swin and ConvNeXt have no BatchNorm.)
+        The batch goes through the backbone in `bn_groups` parts, each with its own BatchNorm statistics, as
+        if each were on a GPU of its own: see Shuffle. (Swin and ConvNeXt have no BatchNorm.)
         """
         parts = [pooled_stages(self.backbone, part, len(self.projectors)) for part in images.chunk(bn_groups)]
         embeddings = []
@@ -255,9 +255,10 @@ def gather(x: Tensor, process: Process) -> Tensor:
 
 
 class Shuffle:
-    """Shuffle-BN: deals the rows of all processes out anew, and puts the results back in order.
+    """MoCo's Shuffle-BN: permutes the rows of all processes, and restores their order.
 
-    Each process encodes other keys than its queries', so BatchNorm normalises a key in other company.
+    BatchNorm statistics leak which images share a batch, so a query could find its key by them. With shuffled
+    keys, a query and its key are normalised with the statistics of different batches.
 
     Args:
         B: rows of each process.
@@ -269,23 +270,24 @@ class Shuffle:
         self.process, generator = process, torch.Generator().manual_seed(seed)
         order = torch.randperm(B * process.world_size, generator=generator)
         # Rows of all processes' batch that this process encodes; where its own rows went.
-        self.taken = order.chunk(process.world_size)[process.rank].to(process.device)
-        self.own = order.argsort().chunk(process.world_size)[process.rank].to(process.device)
+        self.idx_shuffle = order.chunk(process.world_size)[process.rank].to(process.device)
+        self.idx_unshuffle = order.argsort().chunk(process.world_size)[process.rank].to(process.device)
 
     def __call__(self, x: Tensor) -> Tensor:
         """This process's rows B x ... -> the B rows, of all processes, that it encodes."""
-        return gather(x, self.process)[self.taken]
+        return gather(x, self.process)[self.idx_shuffle]
 
-    def undo(self, x: Tensor) -> Tensor:
+    def unshuffle(self, x: Tensor) -> Tensor:
         """Results for the rows it encoded -> those for its own rows, in their order."""
-        return gather(x, self.process)[self.own]
+        return gather(x, self.process)[self.idx_unshuffle]
 
 
 # --------------------------------------------------------------------------------------------------
 # Loss
 # --------------------------------------------------------------------------------------------------
 
-WEIGHTS = (0.1, 0.4, 0.7, 1.0)  # of the four scales
+# Weights of the cross-entropies, from the first stage to the last; the authors' values.
+WEIGHTS = (0.1, 0.4, 0.7, 1.0)
 HARD_WEIGHTS = (0.01, 0.04, 0.07, 0.1)
 
 
@@ -303,7 +305,7 @@ def draw_hard(args: argparse.Namespace, step: int, S: int) -> tuple[Tensor, Tens
 def extrapolate(q: Tensor, k: Tensor, lam: Tensor) -> tuple[Tensor, Tensor]:
     """Hard positives: each pair pushed apart on its own line, and not normalised again.
 
-    q^ k^ = (1 + 2 lambda + 2 lambda^2) q k - 2 lambda (1 + lambda): 1 where q = k, less elsewhere.
+    <q^, k^> = (1 + 2 lambda + 2 lambda^2) <q, k> - 2 lambda (1 + lambda): below <q, k> unless q = k.
 
     Args:
         q: B x S x C queries, unit vectors; their gradient flows through both results.
@@ -401,7 +403,7 @@ class MHCLLoss(nn.Module):
 @torch.no_grad()
 def log_figures(q: Tensor, k: Tensor, features: Tensor, parts: tuple[Tensor, ...],
                 moco_t: float) -> dict[str, Tensor]:
-    """Health of a micro-batch by scale, cross-entropy by row (chance: ln(K + 1)); without gradient.
+    """Log figures of a micro-batch by scale, cross-entropy by row (chance: ln(K + 1)); without gradient.
 
     top1: % whose own key is nearer than the queue's; batch_top1: than the batch's, which does not depend on
     K. positive, negative: mean cosine to the own key and to the queue's.
@@ -426,8 +428,8 @@ def stage_widths(backbone: nn.Module, args: argparse.Namespace, S: int) -> list[
     """Channels of the last S stages, found by running the backbone; fails where it does not have them."""
     reductions = [stage["reduction"] for stage in getattr(backbone, "feature_info", ())][-S:]
     if S > 1 and (len(set(reductions)) < S or not hasattr(backbone, "forward_intermediates")):
-        common.fail(f"--arch {args.arch}: timm gives no four stages of it to contrast, as it does of ResNet, "
-                    "ResNeXt, WRN, Swin and ConvNeXt; --no-mhcl takes any")
+        common.fail(f"--arch {args.arch}: timm offers no four feature stages of it, as it does of ResNet, "
+                    "ResNeXt, WRN, Swin and ConvNeXt; --no-mhcl takes any model")
     backbone.eval()
     try:
         with torch.no_grad():
@@ -487,7 +489,7 @@ def train(args: argparse.Namespace, process: Process) -> None:
         print(f"warning: --moco_k {args.moco_k}: more than half of the {len(samples)} images; the queue "
               "often holds an older key of the query's own image, as a negative", file=sys.stderr)
 
-    # Networks: resumed, or started, and then the key encoder starts as the query encoder
+    # Networks, new or resumed. --init fills the query encoder alone, so the key encoder is copied from it.
     encoder_q, encoder_k = build_encoders(args)
     bn_groups = batchnorm_groups(encoder_q, args, process)
     weights = (*WEIGHTS, *HARD_WEIGHTS) if args.mhcl else (1.0,)
@@ -508,7 +510,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
     advice = "Try a lower --lr, more --warmup_epochs, or a larger --moco_m"
     header = {"bn_groups": bn_groups, "scaled_lr": args.lr * run.effective_batch / 256,
               "queue_epochs": args.moco_k / len(samples), "chance_cross_entropy": math.log(args.moco_k + 1)}
-    for step in run.steps(loader, init, {"feature_std": 0.05}, advice, **header):
+    floors = {"feature_std": 0.05}  # a collapsed network stays below
+    for step in run.steps(loader, init, floors, advice, **header):
         lr = learning_rate(step, run, args)
         common.set_lr(optimizer, lr)
         colour = common.generator(args.seed, "colour", step, process.rank)
@@ -518,15 +521,15 @@ def train(args: argparse.Namespace, process: Process) -> None:
         keys, terms = [], []
 
         for micro in range(args.accum_steps):
-            crops_q, crops_k = run.fetch()  # B x 3 x H x W each
+            crops_q, crops_k = run.fetch()  # B x bands x H x W each
             if step == micro == 0:
                 draw_views(run, crops_q, crops_k)
-            # Each process encodes other keys than its queries': see Shuffle.
+            # Shuffle-BN: the keys of this process's images are computed elsewhere, in another batch.
             shuffle = Shuffle(len(crops_k), common.stream_seed(args.seed, "shuffle", step, micro), process)
             views_q = color_views(crops_q, args, colour)
             views_k = color_views(shuffle(crops_k), args, colour)
             with torch.no_grad(), run.autocast:
-                k = shuffle.undo(encoder_k(views_k, bn_groups)[0])  # B x S x C
+                k = shuffle.unshuffle(encoder_k(views_k, bn_groups)[0])  # B x S x C
             with common.accumulating(ddp_q, micro, args.accum_steps):
                 with run.autocast:
                     q, features = ddp_q(views_q, bn_groups)  # B x S x C, B x D
@@ -535,8 +538,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
             keys.append(gather(new_keys, process))
             terms.append({"loss": loss.detach(), **log_figures(q, k, features, parts, args.moco_t)})
 
-        # Query encoder by gradient; key encoder by its moving average (MoCo does so just before the next
-        # keys, which is the same); then the keys enter the queue.
+        # Query encoder by gradient, key encoder by moving average, then the queue. (MoCo updates the key
+        # encoder at the start of the next step, with the same result.)
         grad_norm = common.grad_norm(optimizer, scaler)
         common.optimizer_step(optimizer, scaler)
         common.update_ema(encoder_q, encoder_k, args.moco_m)

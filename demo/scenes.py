@@ -3,7 +3,8 @@
     python demo/scenes.py --output_dir demo/data
 
 Nothing is downloaded.  `train/CLASS` and `val/CLASS` hold single images; `locations/CLASS_0000` holds one
-place at several dates: what stands there stays, while season, sun, haze and a few details change.  The
+place at several dates: what stands there stays, while season, sun, haze and a few details change.
+`--segmentation` adds images with a class for each pixel, `--changes` pairs of dates with what was built.  The
 classes differ in structure (rows, grids, curves, crowns) but share their colours and exposures, so that
 colour statistics alone say little about the class.
 """
@@ -30,6 +31,11 @@ LAND = np.array(
 WATER = np.array([[56, 86, 108], [36, 50, 58], [72, 98, 80], [132, 112, 82], [112, 132, 132]])
 ROOFS = np.array([[172, 96, 76], [122, 122, 126], [204, 200, 192], [84, 82, 82], [104, 122, 144]])
 ROADS = np.array([[124, 122, 122], [84, 82, 82], [170, 162, 150], [150, 128, 106]])
+
+# Classes of pixels.  Without another one given, what is drawn is ground where it has no height, a building
+# from this height on (scene units), and paved between.
+KINDS = GROUND, TREES, WATERS, PAVED, BUILDING = "ground", "trees", "water", "paved", "building"
+BUILT = 0.015
 
 Box = tuple[float, float, float, float]  # left, top, width, depth
 
@@ -78,7 +84,7 @@ def fractal_noise(generator: torch.Generator, size: int) -> np.ndarray:
 
 
 class Canvas:
-    """A layer of colours and a layer of heights, drawn on in scene coordinates.
+    """Layers of colours, heights and classes of pixels, drawn on in scene coordinates.
 
     The origin is the image centre and the image is about one unit wide.  Layouts fill [-1, 1] x [-1, 1],
     which covers the image under every rotation and zoom.  Heights cast the shadows; the terrain shows only
@@ -99,30 +105,40 @@ class Canvas:
         ground = (1 - blend) * self.land[0] + blend * self.land[1]
         self.colours = Image.fromarray(ground.clip(0, 255).astype(np.uint8))
         self.heights = Image.new("F", self.colours.size)
+        self.kinds = Image.new("L", self.colours.size)
         self.draw_colour, self.draw_height = ImageDraw.Draw(self.colours), ImageDraw.Draw(self.heights)
+        self.draw_kind = ImageDraw.Draw(self.kinds)
 
     def kept(self) -> bool:
         """Tell whether a detail is there at this date; most are."""
         return uniform(self.look, 0, 1) > 0.06
+
+    def fill(self, draw: str, shape: list, colour: np.ndarray, height: float, kind: str | None,
+             **shape_args: object) -> None:
+        """Draw a shape (pixels) on all layers, heights in pixels too."""
+        kind = kind or (BUILDING if height >= BUILT * self.scale else PAVED if height else GROUND)
+        values = rgb(colour), height, KINDS.index(kind)
+        for layer, value in zip((self.draw_colour, self.draw_height, self.draw_kind), values, strict=True):
+            getattr(layer, draw)(shape, fill=value, **shape_args)
 
     def pixel(self, x: float, y: float) -> tuple[float, float]:
         """Turn scene coordinates, numbers or arrays, into pixels."""
         x, y, middle = x * self.scale, y * self.scale, self.size / 2
         return x * self.cos - y * self.sin + middle, x * self.sin + y * self.cos + middle
 
-    def polygon(self, points: Iterable, colour: np.ndarray, height: float = 0.001) -> None:
+    def polygon(self, points: Iterable, colour: np.ndarray, height: float = 0.001,
+                kind: str | None = None) -> None:
         """Fill a polygon."""
         corners = [self.pixel(x, y) for x, y in points]
         if all(max(axis) > 0 and min(axis) < self.size for axis in zip(*corners, strict=True)):
-            self.draw_colour.polygon(corners, fill=rgb(colour))
-            self.draw_height.polygon(corners, fill=height * self.scale)
+            self.fill("polygon", corners, colour, height * self.scale, kind)
 
-    def box(self, box: Box, colour: np.ndarray, height: float = 0.001) -> None:
+    def box(self, box: Box, colour: np.ndarray, height: float = 0.001, kind: str | None = None) -> None:
         """Fill a rectangle."""
         left, top, width, depth = box
         if math.hypot(left, top) < self.size / self.scale + width + depth:  # otherwise surely out of sight
             right, bottom = left + width, top + depth
-            self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, height)
+            self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], colour, height, kind)
 
     def house(self, box: Box, colour: np.ndarray, height: float = 0.025) -> None:
         """Draw a building with a pitched roof, one side of it brighter."""
@@ -131,11 +147,11 @@ class Canvas:
             self.box((left, top, width, depth / 2), colour * 0.8, height)
             self.box((left, top + depth / 2, width, depth / 2), colour * 1.1, height)
 
-    def strip(self, points: Iterable, width: float, colour: np.ndarray, height: float = 0.001) -> None:
+    def strip(self, points: Iterable, width: float, colour: np.ndarray, height: float = 0.001,
+              kind: str | None = None) -> None:
         """Draw a road, a river or another band along a curve."""
         corners, thickness = [self.pixel(x, y) for x, y in points], max(1, round(width * self.scale))
-        self.draw_colour.line(corners, fill=rgb(colour), width=thickness, joint="curve")
-        self.draw_height.line(corners, fill=height * self.scale, width=thickness, joint="curve")
+        self.fill("line", corners, colour, height * self.scale, kind, width=thickness, joint="curve")
 
     def trees(self, generator: torch.Generator, points: np.ndarray, radii: np.ndarray) -> None:
         """Draw domed crowns, each in its own tone."""
@@ -147,6 +163,7 @@ class Canvas:
             self.draw_colour.circle((x, y), radius, fill=rgb(self.crown * tone))
             for part, height in ((1, 0.5), (0.75, 1), (0.45, 1.3)):
                 self.draw_height.circle((x, y), part * radius, fill=height * radius)
+            self.draw_kind.circle((x, y), radius, fill=KINDS.index(TREES))
 
     def scatter_trees(self, generator: torch.Generator, least: int, most: int) -> None:
         """Draw single trees anywhere."""
@@ -209,7 +226,7 @@ def river(canvas: Canvas, generator: torch.Generator) -> None:
     canvas.scatter_trees(generator, 20, 300)
     course, width = curve(generator, uniform(generator, 0.5, 1)), uniform(generator, 0.07, 0.16)
     canvas.strip(course, width + uniform(generator, 0.02, 0.07), choice(generator, canvas.land), 0)
-    canvas.strip(course, width, canvas.water)
+    canvas.strip(course, width, canvas.water, kind=WATERS)
 
 
 def road_grid(canvas: Canvas, generator: torch.Generator) -> None:
@@ -288,12 +305,12 @@ def coast(canvas: Canvas, generator: torch.Generator) -> None:
         canvas.house((left, top, 0.08, 0.06), choice(generator, canvas.roofs))
     shore = curve(generator, uniform(generator, 0.2, 0.7))
     canvas.strip(shore, uniform(generator, 0.06, 0.2), choice(generator, canvas.land), 0)
-    canvas.polygon([*shore.tolist(), (1.2, 2), (-1.2, 2)], canvas.water)
+    canvas.polygon([*shore.tolist(), (1.2, 2), (-1.2, 2)], canvas.water, kind=WATERS)
     waves = uniforms(canvas.look, -1, 1, 250, 2)
     for left, top in waves[waves[:, 1] > np.interp(waves[:, 0], *shore.T) + 0.03].tolist():
-        canvas.box((left, top, 0.04, 0.006), canvas.water * 1.2)
+        canvas.box((left, top, 0.04, 0.006), canvas.water * 1.2, kind=WATERS)
     for distance in uniforms(canvas.look, 0, 0.12, 3).tolist():
-        canvas.strip(shore + (0, distance), 0.015, canvas.water + 60 - 300 * distance)
+        canvas.strip(shore + (0, distance), 0.015, canvas.water + 60 - 300 * distance, kind=WATERS)
 
 
 def airstrip(canvas: Canvas, generator: torch.Generator) -> None:
@@ -374,6 +391,43 @@ def draw_scene(name: str, structure: torch.Generator, look: torch.Generator, siz
     canvas = Canvas(size, structure, look)
     LAYOUTS[name](canvas, structure)
     return photograph(canvas)
+
+
+def draw_kinds(name: str, key: tuple, date: int, size: int,
+               houses: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Draw a place of class `name` at a date: its image (size, size, 3) and its pixels' classes (size, size).
+
+    Up to `houses` are built at this date alone.
+    """
+    structure, built = generator_for(*key), generator_for(*key, date, "built")
+    canvas = Canvas(size, structure, generator_for(*key, date))
+    LAYOUTS[name](canvas, structure)
+    for _ in range(int(uniform(built, 0, houses + 1))):
+        (left, top), (width, depth) = uniforms(built, -0.5, 0.5, 2), uniforms(built, 0.08, 0.2, 2)
+        canvas.house((left, top, width, depth), choice(built, canvas.roofs))
+    return photograph(canvas), np.array(canvas.kinds)[::SUPERSAMPLING, ::SUPERSAMPLING]
+
+
+def write_pixels(output_dir: Path, count: int, size: int, seed: int, dates: bool) -> None:
+    """Write images/ and masks/, or with `dates` A/, B/ and label/; four in five to train/, one to val/."""
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}_", dir=output_dir.parent) as temporary:
+        root = Path(temporary) / output_dir.name
+        for index in range(count):
+            name, key = CLASSES[index % len(CLASSES)], (seed, output_dir.name, index)
+            part = root / ("val" if index // len(CLASSES) % 5 == 4 else "train")
+            if dates:
+                (before, old), (after, new) = (draw_kinds(name, key, date, size, 3 + 5 * date)
+                                               for date in (0, 1))
+                changed = (old == KINDS.index(BUILDING)) != (new == KINDS.index(BUILDING))
+                layers = {"A": before, "B": after, "label": np.uint8(255 * changed)}
+            else:
+                layers = dict(zip(("images", "masks"), draw_kinds(name, key, 0, size), strict=True))
+            for folder, pixels in layers.items():
+                (part / folder).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(part / folder / f"{index:04d}.png")
+        if not dates:
+            (root / "classes.txt").write_text("".join(f"{kind} {i}\n" for i, kind in enumerate(KINDS)))
+        root.rename(output_dir)
 
 
 def list_images(settings: Mapping[str, int]) -> Iterator[tuple[str, str, tuple, tuple]]:
@@ -483,12 +537,15 @@ def main() -> None:
     parser.add_argument("--dates", default=3, type=int, help="Dates of each place.")
     parser.add_argument("--image_size", default=96, type=int, help="Width and height of the images (pixels).")
     parser.add_argument("--seed", default=0, type=int, help="Random seed.")
-    parser.add_argument("--detection", default=0, type=int, help="Images with boxes, of twice that size, in "
-                        "detection/; at least 5.")
+    others = {"segmentation": "Images with a class for each pixel", "changes": "Pairs with a mask of changes",
+              "detection": "Images of twice the side with boxes around objects"}
+    for name, what in others.items():
+        parser.add_argument(f"--{name}", default=0, type=int, help=f"{what}, in {name}/; at least 50.")
     settings = vars(parser.parse_args())
-    output_dir, detection = settings.pop("output_dir").resolve(), settings.pop("detection")
-    if detection and detection < 5:
-        parser.error(f"--detection must be at least 5, not {detection}")
+    output_dir, others = settings.pop("output_dir").resolve(), {name: settings.pop(name) for name in others}
+    for name, count in others.items():
+        if count and count < 50:
+            parser.error(f"--{name} must be at least 50, not {count}")
     minima = {"train_per_class": 1, "val_per_class": 1, "locations": 0, "dates": 1, "image_size": 32}
     for name, minimum in minima.items():
         if settings[name] < minimum:
@@ -502,9 +559,14 @@ def main() -> None:
             print(f"{output_dir} is already there with these settings")
         else:
             parser.error(f"{output_dir} was written with other settings")
-        if detection and not (output_dir / "detection").exists():
-            write_detection(output_dir / "detection", detection, 2 * settings["image_size"], settings["seed"])
-            print(f"Wrote {output_dir / 'detection'}")
+        for name, count in others.items():
+            if count and not (output_dir / name).exists():
+                size, seed = settings["image_size"], settings["seed"]
+                if name == "detection":
+                    write_detection(output_dir / name, count, 2 * size, seed)
+                else:
+                    write_pixels(output_dir / name, count, size, seed, name == "changes")
+                print(f"Wrote {output_dir / name}")
     except (OSError, json.JSONDecodeError) as error:
         parser.error(f"cannot use {output_dir}: {error}")
 

@@ -154,8 +154,9 @@ class Start:
 
     def wait(self, timeout=120):
         """Exit codes; all that was printed."""
+        deadline = time.monotonic() + timeout
         for process in self.processes:
-            process.join(timeout)
+            process.join(max(0, deadline - time.monotonic()))
         codes = [process.exitcode for process in self.processes]
         self.signal(signal.SIGKILL)
         for process in self.processes:

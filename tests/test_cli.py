@@ -173,7 +173,7 @@ BAD_METHOD = {
     ],
     "mhcl": [
         (["--moco_k", "7", "--accum_steps", "2"], "--moco_k 7: must be at least the effective batch, 8"),
-        (["--arch", "test_vit"], "--arch test_vit: timm gives no four stages of it to contrast"),
+        (["--arch", "test_vit"], "--arch test_vit: timm offers no four feature stages of it"),
         (["--arch", "maxvit_nano_rw_256"], "gives no features of 4 stages for 32 px"),
         (
             ["--arch", "swin_tiny_patch4_window7_224", "--img_size", "30"],
@@ -282,7 +282,6 @@ BAD_LINEAR = [
     (["--lr", "0.1"], "--lr 0.1: only with --finetune"),
     (["--finetune"], "--weights image_stats: has nothing to fine-tune"),
     (["--finetune", "--weights", "random", "image_stats"], "one at a time with --finetune and --predict"),
-    (["--finetune", "--weights", "random", "--avgpool"], "--avgpool True: not with --finetune"),
     (
         ["--finetune", "--weights", "random", "--arch", "test_vit", "--epochs", "5", "--warmup_epochs", "5"],
         "--warmup_epochs 5: must be less than --epochs 5",

@@ -1,4 +1,5 @@
 import argparse
+import copy
 import math
 import os
 import platform
@@ -160,6 +161,24 @@ def test_amp_auto_is_bf16_by_the_processors_capability(monkeypatch, machine, avx
         common.autocast(amp, cpu)
         attention = common.build_backbone("test_vit", 32).blocks[0].attn
         assert attention.fused_attn == (amp == "off" or not native)
+
+
+@pytest.mark.parametrize("kernel, groups", [(3, 1), (5, 1), (3, 16)])
+@pytest.mark.parametrize("sides", [(1, 1), (3, 1)])
+def test_strided_convolutions_of_single_pixels_have_a_finite_bf16_gradient(kernel, groups, sides):
+    torch.manual_seed(0)
+    conv = torch.nn.Conv2d(16, 32, kernel, 2, kernel // 2, groups=groups)
+    plain, x = copy.deepcopy(conv), torch.randn(8, 16, *sides)
+    conv = common.to_device(conv, torch.device("cpu"))
+    torch.testing.assert_close(conv(x), plain(x))
+    for _ in range(20):
+        junk = [torch.full((2**18,), math.nan) for _ in range(4)]  # what freed memory may hold
+        del junk
+        conv.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = conv(x)
+        y.float().square().sum().backward()
+        assert conv.weight.grad.isfinite().all()
 
 
 def test_warm_ups_are_short_in_short_runs_unless_given():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, assert_same_state, warm_cosine
 from PIL import Image
+from test_eval_knn import PIXELS, write_tiles
 
 import common
 import eval_knn
@@ -216,7 +217,7 @@ def test_head_of_the_chosen_rate_is_trained_on_all_images(scenes):
     assert "held_out_top1" not in again[0] and torch.equal(confusion, again[1])
     # its rate is scaled by the batch
     args = make_args("--epochs", 5, "--batch_size", 256)
-    dataset = eval_knn.LabelledImages(eval_knn.load_split(str(scenes), 0.2, 0)[0], 32, 3)
+    dataset = eval_knn.LabelledImages(eval_knn.load_split(str(scenes), 0.2, 0)[0], backbone_of(None))
     x, y = eval_knn.extract_features(backbone_of(resnet()), dataset, args, ALONE)
     args.batch_size, lr = 8, result["lr"]
     W, b = eval_linear.train_heads(lambda _: x.clone(), y.clone(), torch.arange(30), 10, [lr], args)
@@ -240,9 +241,9 @@ def test_augmented_features_are_those_of_new_crops(scenes, monkeypatch, flags, p
 
 def test_crops_of_a_pass_are_repeatable(scenes):
     train = eval_knn.load_split(str(scenes), 0.2, 0)[0]
-    one, same, other = (eval_linear.CropsOfPass(train, 32, 3, 0, number) for number in (1, 1, 2))
+    one, same, other = (eval_linear.CropsOfPass(train, backbone_of(None), 0, number) for number in (1, 1, 2))
     (a, label, message), (b, _, _), (c, _, _) = one[7], same[7], other[7]
-    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.max() <= 1
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.max() < 3
     assert label == train[7][1] and message == ""
 
 
@@ -313,10 +314,11 @@ def test_unreadable_images_are_left_out_of_the_prediction(run, scenes, tmp_path,
     assert "97 of 100 images classified" in captured.out and "050.png" in captured.err
     text = (tmp_path / "out" / "predictions.csv").read_text()
     assert "049.png" in text and "050.png" not in text
-    for flag in ("--avgpool", "--per_class", "--finetune", "--protocol=paper", "--lr=1"):
+    for flag in ("--avgpool", "--in_chans=4", "--per_class", "--finetune", "--protocol=paper", "--lr=1"):
         with pytest.raises(SystemExit):
             run("eval_linear", *flags, flag)
-        assert ": not with --predict" in capsys.readouterr().err
+        words = "learned from 3 bands" if "in_chans" in flag else ": not with --predict"
+        assert words in capsys.readouterr().err
 
 
 FINETUNE = "--finetune --arch test_resnet --weights random --batch_size_per_gpu 4 --warmup_epochs 1".split()
@@ -435,7 +437,8 @@ def naive_finetuning(paths, labels, C):
     model.reset_classifier(C)
     torch.nn.init.normal_(model.head.weight, std=0.01)
     torch.nn.init.zeros_(model.head.bias)
-    dataset = eval_linear.FinetuneImages(list(zip(paths, labels, strict=True)), 32, 3, 0.0, 0)
+    samples = list(zip(paths, labels, strict=True))
+    dataset = eval_linear.FinetuneImages(samples, backbone_of(None), 0.0, 0)
     order = torch.randperm(len(paths), generator=common.generator(0, "order", 0)).tolist()
     losses = []
     first, second = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2))
@@ -476,3 +479,93 @@ def test_steps_of_finetuning_equal_plain_loops(run, scenes, tmp_path, micro_batc
         sure = first[name].abs() > 1e-4  # AdamW's first steps are signs, of which small gradients have none
         torch.testing.assert_close(saved["model"][name][sure], p.data[sure], atol=2e-5, rtol=1e-3, msg=name)
         assert name == "pos_embed" or sure.any(), name
+
+
+# ------------------------------------------------------------------ any bands, any type of pixels
+
+
+def predicted_top1(run, data, out, *flags):
+    """Top-1 of --predict on a folder of classes; the same head on the same images as in `out`."""
+    run("eval_linear", "--predict", data, "--weights", out, "--output_dir", out, *flags, "--num_workers", 0)
+    with open(out / "predictions.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return 100 * sum(row["path"].split("/")[-2] == row["class"] for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize("kind", PIXELS)
+@pytest.mark.parametrize("flags", [["--lrs", 1], ["--lrs", 1, "--protocol", "paper"],
+                                   ["--finetune", "--lr", 0.5, "--batch_size_per_gpu", 5, "--erase", 0.2]])
+def test_probe_finetuning_and_prediction_take_any_pixels(run, tmp_path, kind, flags):
+    """Bands, mean and std travel with the head: the prediction needs no flags."""
+    write_tiles(tmp_path / "data", kind)
+    flags = flags_of(tmp_path / "data", tmp_path / "out", "--arch", "test_resnet", *PIXELS[kind], *flags)
+    run("eval_linear", *flags, "--weights", "random")
+    (result,) = results_of(tmp_path / "out")
+    assert result["train_images"] == 10 and result["in_chans"] == {"int16": 4, "float": 1, "folders": 2}[kind]
+    top1 = predicted_top1(run, tmp_path / "data" / "test", tmp_path / "out")
+    assert top1 == pytest.approx(result["top1"], abs=1e-3)
+
+
+def test_finetuning_normalises_other_pixels_as_the_evaluation_does(run, tmp_path, monkeypatch, capsys):
+    """What the network sees in its first step: 6 (clamp(.5 + (x - mean) / (6 std)) - .5) of the crops."""
+    write_tiles(tmp_path / "data", "int16")
+    seen, mix, prepare, backbones = [], eval_linear.erase_and_mix, eval_knn.prepare, []
+    monkeypatch.setattr(eval_linear, "erase_and_mix", lambda x, *more: seen.append(x) or mix(x, *more))
+    monkeypatch.setattr(eval_knn, "prepare", lambda *a: backbones.extend(made := prepare(*a)) or made)
+    flags = ["--finetune", "--weights", "random", "--arch", "test_resnet", "--batch_size_per_gpu", 10]
+    flags += ["--in_chans", 13, "--max_steps", 1]
+    run("eval_linear", *flags_of(tmp_path / "data", tmp_path / "out", *flags))
+    train = eval_knn.load_split(str(tmp_path / "data"), 0.2, 0)[0]
+    dataset = eval_linear.FinetuneImages(train, backbones[0], 0.0, 0)
+    order = torch.randperm(10, generator=common.generator(0, "order", 0)).tolist()
+    m, s = (torch.tensor(x).view(-1, 1, 1) for x in (backbones[0].mean, backbones[0].std))
+    for x, index in zip(seen[0], order, strict=True):
+        expected = 6 * ((0.5 + (dataset[0, index][0] - m) / (6 * s)).clamp(0, 1) - 0.5)
+        torch.testing.assert_close(x, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(SystemExit):
+        run("eval_linear", *flags_of(tmp_path / "data", tmp_path / "x", *flags, "--rand_augment", 9))
+    assert "only for 8-bit images of 1 or 3 bands, these are float32 of 13" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------ fine-tuning on the mean patch token
+
+
+def test_avgpool_is_a_fresh_norm_of_the_mean_patch_token():
+    torch.manual_seed(0)
+    vit = common.build_backbone("test_vit", 32, 8).eval()
+    torch.nn.init.normal_(vit.norm.weight)  # of the file: not used
+    images = rand(2, 3, 32, 32)
+    x = vit.norm_pre(vit._pos_embed(vit.patch_embed(images)))
+    for block in vit.blocks:
+        x = block(x)
+    report = eval_linear.use_patch_tokens(vit)
+    expected = F.layer_norm(x[:, 1:].mean(1), (64,), eps=vit.fc_norm.eps)
+    torch.testing.assert_close(vit(images), expected)
+    assert "fc_norm, which starts fresh; norm is not used" in report
+    as_timm = common.build_backbone("test_vit", 32, 8, global_pool="avg")
+    assert vit.state_dict().keys() == as_timm.state_dict().keys() and vit.model_args == as_timm.model_args
+    assert "has fc_norm already" in eval_linear.use_patch_tokens(vit)
+
+
+def test_avgpool_is_finetuned_with_the_heads_rate_and_predicts_the_same(run, train, scenes, tmp_path, capsys):
+    train(tmp_path / "mae", "--max_steps", "1", script="dspt_mae")
+    flags = ["--finetune", "--avgpool", "--batch_size_per_gpu", 4, "--layer_decay", ".5"]
+    base = flags_of(scenes, tmp_path / "out", *flags, "--lr", ".05", "--weights", tmp_path / "mae")
+    run("eval_linear", *base, "--max_steps", 3)
+    run("eval_linear", *base)
+    capsys.readouterr()
+    (result,) = results_of(tmp_path / "out")
+    assert "fc_norm, which starts fresh" in result["loading"] and result["settings"]["avgpool"]
+    saved = torch.load(tmp_path / "out" / "checkpoint.pth", weights_only=True)
+    fc_norm = [name for name in saved["model"] if "fc_norm" in name]
+    assert len(fc_norm) == 2 and not any(name.startswith("norm.") for name in saved["model"])
+    top = [group for group in saved["optimizer"]["param_groups"] if group["lr_scale"] == 1]
+    assert sum(len(group["params"]) for group in top) == 4  # weight and bias of fc_norm and of the head
+    state, info = common.read_weights(str(tmp_path / "out"))
+    assert info["global_pool"] == "avg"
+    assert torch.equal(state["fc_norm.weight"], saved["model"]["fc_norm.weight"])
+    assert predicted_top1(run, scenes / "val", tmp_path / "out") == pytest.approx(result["top1"], abs=1e-3)
+    flags += ["--arch", "test_resnet", "--weights", "random"]
+    with pytest.raises(SystemExit):
+        run("eval_linear", *flags_of(scenes, tmp_path / "x", *flags))
+    assert "only for a ViT with a last norm, not ResNet" in capsys.readouterr().err

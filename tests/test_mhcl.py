@@ -214,16 +214,11 @@ def test_encoder_projects_the_mean_of_each_stage(mlp):
     torch.testing.assert_close(features, backbone(x))
 
 
-@pytest.mark.parametrize(
-    "arch, widths",
-    [
-        ("resnet50", [256, 512, 1024, 2048]),
-        ("wide_resnet50_2", [256, 512, 1024, 2048]),
-        ("resnext50_32x4d", [256, 512, 1024, 2048]),
-        ("swin_tiny_patch4_window7_224", [96, 192, 384, 768]),
-        ("convnext_tiny", [96, 192, 384, 768]),
-    ],
-)
+BACKBONES = dict.fromkeys(["resnet50", "wide_resnet50_2", "resnext50_32x4d"], [256, 512, 1024, 2048])
+BACKBONES |= dict.fromkeys(["swin_tiny_patch4_window7_224", "convnext_tiny"], [96, 192, 384, 768])
+
+
+@pytest.mark.parametrize("arch, widths", BACKBONES.items())
 def test_backbones_of_four_stages(arch, widths):
     backbone = common.build_backbone(arch, 64)
     args = parse("--arch", arch, "--img_size", 64, "--in_chans", 3)
@@ -263,7 +258,7 @@ def test_shuffle_hands_out_all_rows_and_takes_them_back_in_order(monkeypatch, wo
     assert sorted(handed.tolist()) == rows.tolist() != handed.tolist()
     monkeypatch.setattr(mhcl, "gather", lambda x, process: 10 * handed)
     for shuffle, part, own in zip(shuffles, handed.split(B), rows.split(B), strict=True):
-        assert torch.equal(shuffle.undo(10 * part), 10 * own)
+        assert torch.equal(shuffle.unshuffle(10 * part), 10 * own)
 
 
 # ------------------------------------------------------------------ views
@@ -484,8 +479,8 @@ def test_picture_of_views_shows_what_the_encoders_get(train, tmp_path, monkeypat
     keys, queries = seen
     shuffle = Shuffle(4, common.stream_seed(0, "shuffle", 0, 0), ALONE)
     assert_same([row[0] for row in rows], list(queries))
-    assert_same([row[1] for row in rows], list(keys[shuffle.own]))
-    assert shuffle.own.tolist() != list(range(4))
+    assert_same([row[1] for row in rows], list(keys[shuffle.idx_unshuffle]))
+    assert shuffle.idx_unshuffle.tolist() != list(range(4))
 
 
 def learning_rates(*flags):
@@ -558,21 +553,13 @@ def test_backbones_without_batchnorm_train_with_adamw(train, tmp_path, arch):
     assert saved["step"] == 1 and read_log(tmp_path)[0]["bn_groups"] == 1
 
 
-@pytest.mark.parametrize(
-    "norm, world_size, batch, expected",
-    [
-        ("BatchNorm2d", 1, 128, 4),
-        ("BatchNorm2d", 1, 24, 2),
-        ("BatchNorm2d", 1, 100, 2),
-        ("BatchNorm2d", 1, 96, 3),
-        ("BatchNorm2d", 2, 128, 1),
-        ("LayerNorm", 1, 128, 1),
-    ],
-)
-def test_batchnorm_groups_are_those_of_moco(norm, world_size, batch, expected):
+def test_batchnorm_groups_are_those_of_moco():
     """32 images each, on one process two groups at least."""
-    args, process = parse("--batch_size_per_gpu", batch), Process(0, world_size, torch.device("cpu"), None)
-    assert mhcl.batchnorm_groups(getattr(torch.nn, norm)(2), args, process) == expected
+    for world_size, batch, groups in ((1, 128, 4), (1, 24, 2), (1, 100, 2), (1, 96, 3), (2, 128, 1)):
+        args = parse("--batch_size_per_gpu", batch)
+        process = Process(0, world_size, torch.device("cpu"), None)
+        assert mhcl.batchnorm_groups(torch.nn.BatchNorm2d(2), args, process) == groups
+        assert mhcl.batchnorm_groups(torch.nn.LayerNorm(2), args, process) == 1
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -250,6 +250,7 @@ def test_ctrl_c_stops_the_run_with_a_checkpoint_and_leaves_no_process(scenes, tm
     """Workers outlive the signal, whether they inherit its handler (fork) or not (spawn)."""
     script, method = [*script.split(), "fork"][:2]
     flags = ["--epochs", 40, "--save_every", 100, "--log_every", 1, "--num_workers", 1]
+    flags += ["--accum_steps", 7] if script == "toy" else []  # so the step in which it comes needs workers
     run = Start(tmp_path, *base(script, scenes, tmp_path, *flags), prepare=(start_workers, method))
     wait_for(run, tmp_path / "log.jsonl", 3)
     run.signal(signal.SIGINT)  # to the workers too, as from a terminal
