@@ -459,6 +459,74 @@ def write_dataset(output_dir: Path, settings: Mapping[str, int]) -> None:
         root.rename(output_dir)
 
 
+# Length and width, as shares of the image's side, and family of colours.
+OBJECTS = {"car": (0.1, 0.055, ROOFS), "house": (0.17, 0.12, ROOFS), "plane": (0.2, 0.17, ROADS),
+           "ship": (0.22, 0.06, ROOFS)}
+PLANE = [(1, 0), (0.8, 0.1), (0.3, 0.1), (-0.2, 1), (-0.4, 1), (-0.2, 0.1), (-0.8, 0.1), (-1, 0.4)]
+
+
+def draw_objects(size: int, structure: torch.Generator, look: torch.Generator) -> tuple[np.ndarray, list]:
+    """Draw cars, houses and planes on land, or ships on water, at any angle and none over another.
+
+    Returns the image (size, size, 3), and for each object its four corners (pixels) and its class.
+    """
+    canvas, objects, taken = Canvas(size, structure, look), [], []
+    at_sea = uniform(structure, 0, 1) < 0.25
+    if at_sea:
+        canvas.box((-2, -2, 4, 4), canvas.water)
+    else:
+        canvas.strip(curve(structure, 0.5), 0.08, canvas.roads[0], 0)
+        canvas.scatter_trees(structure, 0, 60)
+    for _ in range(30):
+        name = "ship" if at_sea else list(OBJECTS)[torch.randint(3, (), generator=structure).item()]
+        length, width, colours = OBJECTS[name]
+        length, width = uniforms(structure, 0.8, 1.2, 2) * (length, width) * canvas.size / 2  # half of each
+        reach = math.hypot(length, width)
+        centre = uniforms(structure, reach, canvas.size - reach, 2)
+        angle = uniform(structure, 0, 2 * math.pi)
+        colour = choice(structure, colours) * uniform(look, 0.9, 1.3)
+        if any(np.linalg.norm(centre - other) < reach + far for other, far in taken):
+            continue
+        taken.append((centre, reach))
+        axes = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+
+        def fill(points: list, shade: float, place: tuple = (centre, (length, width), axes, colour)) -> None:
+            (x, y), half, turn, tone = place
+            corners = [tuple(corner) for corner in (np.array(points) * half @ turn + (x, y)).tolist()]
+            canvas.draw_colour.polygon(corners, fill=rgb(tone * shade))
+            canvas.draw_height.polygon(corners, fill=0.1 * half[1])
+
+        if name == "plane":
+            fill([*PLANE, *((x, -y) for x, y in PLANE[::-1])], 1.3)
+        elif name == "ship":
+            fill([(-1, -1), (0.5, -1), (1, 0), (0.5, 1), (-1, 1)], 1)
+            fill([(-0.7, -0.6), (-0.2, -0.6), (-0.2, 0.6), (-0.7, 0.6)], 1.4)
+        else:
+            fill([(-1, -1), (1, -1), (1, 1), (-1, 1)], 0.8)
+            fill([(-1, 0), (1, 0), (1, 1), (-1, 1)] if name == "house" else
+                 [(-0.5, -0.8), (0.3, -0.8), (0.3, 0.8), (-0.5, 0.8)], 1.1)
+        corners = np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)]) * (length, width) @ axes + centre + 0.5
+        objects.append((corners / SUPERSAMPLING, name))
+    return photograph(canvas), objects
+
+
+def write_detection(output_dir: Path, count: int, size: int, seed: int) -> None:
+    """Write a detection set, four images in five to train/: images/ and DOTA's labels in labelTxt/."""
+    output_dir.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output_dir.name}_", dir=output_dir.parent) as temporary:
+        root = Path(temporary) / output_dir.name
+        for index in range(count):
+            part = root / ("val" if index % 5 == 4 else "train")
+            key = (seed, "detection", index)
+            image, objects = draw_objects(size, generator_for(*key), generator_for(*key, "look"))
+            for folder in ("images", "labelTxt"):
+                (part / folder).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(part / f"images/{index:04d}.png")
+            lines = [" ".join([*(f"{x:.1f}" for x in box.ravel()), f"{name} 0\n"]) for box, name in objects]
+            (part / f"labelTxt/{index:04d}.txt").write_text("".join(lines))
+        root.rename(output_dir)
+
+
 def main() -> None:
     """Write the data set that the command line asks for, unless it is there already."""
     parser = argparse.ArgumentParser("scenes", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -469,12 +537,13 @@ def main() -> None:
     parser.add_argument("--dates", default=3, type=int, help="Dates of each place.")
     parser.add_argument("--image_size", default=96, type=int, help="Width and height of the images (pixels).")
     parser.add_argument("--seed", default=0, type=int, help="Random seed.")
-    pixels = {"segmentation": "Images with a class for each pixel", "changes": "Pairs with a mask of changes"}
-    for name, what in pixels.items():
+    others = {"segmentation": "Images with a class for each pixel", "changes": "Pairs with a mask of changes",
+              "detection": "Images of twice the side with boxes around objects"}
+    for name, what in others.items():
         parser.add_argument(f"--{name}", default=0, type=int, help=f"{what}, in {name}/; at least 50.")
     settings = vars(parser.parse_args())
-    output_dir, pixels = settings.pop("output_dir").resolve(), {name: settings.pop(name) for name in pixels}
-    for name, count in pixels.items():
+    output_dir, others = settings.pop("output_dir").resolve(), {name: settings.pop(name) for name in others}
+    for name, count in others.items():
         if count and count < 50:
             parser.error(f"--{name} must be at least 50, not {count}")
     minima = {"train_per_class": 1, "val_per_class": 1, "locations": 0, "dates": 1, "image_size": 32}
@@ -490,10 +559,13 @@ def main() -> None:
             print(f"{output_dir} is already there with these settings")
         else:
             parser.error(f"{output_dir} was written with other settings")
-        for name, count in pixels.items():
+        for name, count in others.items():
             if count and not (output_dir / name).exists():
-                size, dates = settings["image_size"], name == "changes"
-                write_pixels(output_dir / name, count, size, settings["seed"], dates)
+                size, seed = settings["image_size"], settings["seed"]
+                if name == "detection":
+                    write_detection(output_dir / name, count, 2 * size, seed)
+                else:
+                    write_pixels(output_dir / name, count, size, seed, name == "changes")
                 print(f"Wrote {output_dir / name}")
     except (OSError, json.JSONDecodeError) as error:
         parser.error(f"cannot use {output_dir}: {error}")
