@@ -89,19 +89,16 @@ def test_backbone_of_a_run_is_used_as_the_readme_says(train, tmp_path, monkeypat
     text = (ROOT / "README.md").read_text()
     section = text[text.index("## Use the backbone") : text.index("## What a run writes")]
     blocks = re.findall(r"```python\n(.*?)```", section, re.S)
-    timm_, torch_, detection = ({} for _ in range(3))
-    for block, names in zip(blocks, (timm_, torch_, detection), strict=True):
+    timm_, torch_ = {}, {}
+    for block, names in zip(blocks, (timm_, torch_), strict=True):
         exec(block.replace("resnet50", "resnet18"), names)
     assert timm_["features"].shape == (1, 512)
     assert "missing_keys=['fc.weight', 'fc.bias'], unexpected_keys=[]" in capsys.readouterr().out
     image = torch.rand(2, 3, 32, 32)
     model = torch_["model"].eval()
     model.fc = torch.nn.Identity()
-    body, detector = detection["backbone"].body.eval(), detection["detector"].eval()
     with torch.no_grad():
         torch.testing.assert_close(model(image), timm_["model"](image))
-        torch.testing.assert_close(body(image)["3"].mean((2, 3)), timm_["model"](image), atol=1e-4, rtol=1e-3)
-        assert detector([torch.rand(3, 64, 64)])[0].keys() == {"boxes", "labels", "scores"}
 
 
 @pytest.mark.parametrize(
