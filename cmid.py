@@ -463,11 +463,11 @@ def focal_l1(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
 
 
 def focal_frequency(prediction: Tensor, image: Tensor, mask: Tensor) -> Tensor:
-    """Squared distance of the batch's mean spectra, mean over frequencies; worse ones count more.
+    """Squared distance between the mean spectra of a batch, weighted so that large errors count more.
 
-    A spectrum is of the whole image, so what the encoder saw cannot be left out of it. Those pixels enter
-    halfway between prediction and image, and with a thousandth of the gradient: the masked blocks are to be
-    learned. (Not with none: no other loss holds the prediction there to the image.) Arguments as in focal_l1.
+    A spectrum covers the whole image, so visible pixels cannot be left out. They enter as the mean of
+    prediction and image, with a thousandth of the gradient, so that the loss acts on the masked blocks; not
+    with 0, since no other loss holds the visible pixels to the image. Arguments as in focal_l1.
     """
     w = torch.where(mask > 0, 1.0, 0.001)  # share of the prediction that has a gradient
     blended = w * prediction + (1 - w) * 0.5 * (prediction.detach() + image)
@@ -605,17 +605,22 @@ def draw_reconstruction(run: common.Run, images: Tensor, masked: Tensor, predict
     run.draw("reconstruction.png", list(zip(images[:8], masked[:8], painted[:8], strict=True)), dtype)
 
 
+def check_queue(args: argparse.Namespace, run: common.Run) -> None:
+    """Fails where the queue cannot hold a step's keys; warns where it is longer than sensible."""
+    if args.moco_k < 2 * run.effective_batch:
+        common.fail(f"--moco_k {args.moco_k}: must be at least twice the effective batch, "
+                    f"{2 * run.effective_batch}: two keys per image")
+    if args.moco_k > run.samples and run.process.is_main:
+        print(f"warning: --moco_k {args.moco_k}: more keys than the {run.samples} images; the queue often "
+              "holds older keys of the query's own image, as negatives", file=sys.stderr)
+
+
 def train(args: argparse.Namespace, process: Process) -> None:
     """Trains the online encoder; writes checkpoints, backbone, log and pictures to --output_dir."""
     # Data
     samples = common.load_samples(args, process, MILLIONAID_MEAN, MILLIONAID_STD)
     run = common.Run(args, process, samples=len(samples), images=len(samples.paths))
-    if args.moco_k < 2 * run.effective_batch:
-        common.fail(f"--moco_k {args.moco_k}: must be at least twice the effective batch, "
-                    f"{2 * run.effective_batch}: two keys per image")
-    if args.moco_k > len(samples) and process.is_main:
-        print(f"warning: --moco_k {args.moco_k}: more keys than the {len(samples)} images; the queue often "
-              "holds older keys of the query's own image, as negatives", file=sys.stderr)
+    check_queue(args, run)
 
     # Networks, new or resumed. --init fills the online encoder alone, so the branch encoder is copied from
     # it, part by part: it has no mask token and no decoder.

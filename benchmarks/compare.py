@@ -3,9 +3,9 @@
     python benchmarks/compare.py --data_path AID --other_path LANDSAT --output_dir OUT
 
 DATA_PATH has class folders in train/ and val/; the images in train/ are used without labels. The budget is
-time of one CPU thread: each method does as many epochs as take about as long. DSPT goes on from an MAE of the
+time of one CPU thread: each method does as many epochs as take about as long. DSPT continues an MAE of the
 images in OTHER_PATH, whose time comes on top. Judged are the last checkpoints. Started again, this skips what
-is done and goes on with what is not; several may run at once with different --seeds or --methods.
+is done and continues with what is not; several may run at once with different --seeds or --methods.
 """
 
 import argparse

@@ -132,7 +132,7 @@ def main() -> None:
                 dino_mc.ViewDataset, dino_mc.color_views = kept
             try:
                 show(f"{label}, --compile", measure(script, [*flags, "--compile"], batch), ours)
-            except Exception as error:  # no compiler on this machine, or the like: the other runs go on
+            except Exception as error:  # no compiler on this machine, or the like: the other runs follow
                 print(f"{name}, --compile failed: {str(error).splitlines()[0]}", flush=True)
 
 
