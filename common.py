@@ -3,8 +3,9 @@
 What belongs to a method, and each training loop, stands in its script, even where two or four scripts hold
 the same lines. If you fix one copy (`main`, `gather`, `enqueue`, the heads), fix the others.
 
-Order: errors, processes and seeds; data; colour on whole batches; backbones and their weights; optimisation;
-what a run writes.
+Order: errors, flags, processes and seeds; pixels and data (TIFF and others, any bands); colour on whole
+batches; weight files of anybody; backbones and their weights; optimisation; what a run writes; `Run`. The two
+readers are the larger half: a file is foreign data, and what is not read to the letter is refused in a line.
 """
 
 import argparse
