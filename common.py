@@ -14,6 +14,7 @@ import contextlib
 import copy
 import difflib
 import errno
+import gc
 import hashlib
 import io
 import itertools
@@ -181,9 +182,15 @@ class Process:
         return self.rank == 0
 
     def leave(self) -> None:
-        """Parts from the other processes, at the end."""
+        """Parts from the other processes, at the end.
+
+        Threads of gloo that outlive Python abort the process. They end with the last reference to their
+        group: DDP's, in cycles, go first, and ours is the last.
+        """
         if self.world_size > 1:
+            gc.collect()
             dist.destroy_process_group()
+            object.__setattr__(self, "cpu_group", None)
 
 
 def init_process(device: str) -> Process:
