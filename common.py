@@ -62,7 +62,6 @@ except ImportError:  # Windows
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".jp2", ".npy"}
-PIXEL_SUFFIXES = IMAGE_SUFFIXES  # the older name
 UNREAD_KINDS = dict.fromkeys((".h5", ".hdf5", ".he5", ".hdf", ".nc", ".zarr"),
                              "HDF5, NetCDF and Zarr are not read: write each image as a TIFF or .npy file")
 UNREAD_KINDS |= dict.fromkeys((".mat", ".npz"), ".mat and .npz files are not read: save each array as .npy")
@@ -962,16 +961,11 @@ def load_samples(args: argparse.Namespace, process: Process, mean: Sequence[floa
     return samples
 
 
-def to_float(images: Tensor, mean: Sequence[float] | None = None,
-             std: Sequence[float] | None = None) -> Tensor:
-    """Pixels ... x C x H x W to [0, 1]: 8-bit ones by 255, of others three deviations about each band's mean.
-
-    Without `mean` and `std` others than 8-bit pixels stay as they are.
-    """
+def to_float(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Pixels ... x C x H x W to [0, 1]: 8-bit by 255, others three deviations about each band's mean."""
     if images.dtype == torch.uint8:
         return images.float().div_(255)
-    return images if mean is None else ((images - _per_band(mean, images)) / _per_band(std, images)
-                                        ).div_(6).add_(0.5).clamp_(0, 1)
+    return ((images - _per_band(mean, images)) / _per_band(std, images)).div_(6).add_(0.5).clamp_(0, 1)
 
 
 class SkipUnreadable(torch.utils.data.Dataset):
@@ -1973,6 +1967,13 @@ def distributed(model: nn.Module, process: Process) -> nn.Module:
         return model
     device_ids = [process.device.index] if process.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids)
+
+
+def share_buffers(model: nn.Module, process: Process) -> None:
+    """After training: BatchNorm's statistics of the main process, as in its files, in all processes."""
+    if process.world_size > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
 
 
 def accumulating(model: nn.Module, micro: int, accum_steps: int) -> contextlib.AbstractContextManager:

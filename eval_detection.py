@@ -798,9 +798,7 @@ def train(detector: Detector, samples: list[Sample], dtype: torch.dtype, report:
         common.optimizer_step(optimizer, scaler)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
-    if process.world_size > 1:  # BatchNorm's statistics: those of the main process, as in its files
-        for buffer in detector.buffers():
-            dist.broadcast(buffer, 0)
+    common.share_buffers(detector, process)
     return not run.stopped and run.stop_step == run.total_steps
 
 

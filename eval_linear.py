@@ -52,7 +52,6 @@ from pathlib import Path
 import timm.layers
 import timm.optim
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from timm.models import VisionTransformer
@@ -529,9 +528,7 @@ def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, 
         common.optimizer_step(optimizer, scaler)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
-    if process.world_size > 1:  # BatchNorm's statistics: those of the main process, as in its files
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    common.share_buffers(model, process)
     finished = run.stop_step == run.total_steps
     if process.is_main and not finished:
         print(f"stopped before the end; the same command resumes (raise --max_steps): {run.out}")

@@ -629,9 +629,7 @@ def train(args: argparse.Namespace, process: Process, data: Data, model: Segment
         common.optimizer_step(optimizer, scaler)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
-    if process.world_size > 1:  # BatchNorm's statistics: those of the main process, as in its files
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
+    common.share_buffers(model, process)
     return not run.stopped and run.stop_step == run.total_steps
 
 
