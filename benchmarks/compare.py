@@ -55,14 +55,14 @@ def results(out: Path, judge: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def pretrain(name: str, out: Path, data: Path, other: Path, seed: int) -> None:
-    """One run, or its rest."""
+def pretrain(name: str, out: Path, data: Path, other: Path, *more: object) -> None:
+    """One run, or its rest; `more` flags and their values."""
     init = []
     if name == "dspt":
-        start = out.with_name(f"other_{seed}")
-        run(OTHER, "--data_path", other, "--output_dir", start, "--seed", seed)
+        start = out.with_name(out.name.replace("dspt", "other"))
+        run(OTHER, "--data_path", other, "--output_dir", start, *more)
         init = ["--init", start]
-    run(METHODS[name], "--data_path", data / "train", "--output_dir", out, "--seed", seed, *init)
+    run(METHODS[name], "--data_path", data / "train", "--output_dir", out, *more, *init)
 
 
 def minutes(out: Path) -> float:
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--methods", choices=[*METHODS, *BASELINES], nargs="+",
                         default=[*METHODS, *BASELINES], help="these alone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run with each")
+    parser.add_argument("--amp", choices=["auto", "off"], default="auto", help="of the pre-training")
     args = parser.parse_args()
     data, other, root = (path.resolve() for path in (args.data_path, args.other_path, args.output_dir))
 
@@ -94,7 +95,7 @@ def main() -> None:
                 if results(out, judge):
                     continue
                 if name in METHODS and judge == "knn":
-                    pretrain(name, out, data, other, seed)
+                    pretrain(name, out, data, other, "--seed", seed, "--amp", args.amp)
                 weights = BASELINES[name].split() if name in BASELINES else ["--weights", out]
                 if judge == "linear" and name in ("random_vit_tiny", "mae", "dspt"):
                     weights.append("--avgpool")
