@@ -807,7 +807,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     out, lines = common.make_output_dir(args.output_dir, process), []
     parts = [find_part(Path(args.data_path), *names) for names in (("train",), ("val", "test"))]
     paths = common.list_images(parts[0][0], args.output_dir, bands=args.bands)
-    backbones = prepare(args, process, [(path, None) for path in paths])
+    backbones = prepare(args, process, paths)
     train_samples, test_samples, classes = load_data(parts, args)
     common.check_alike(process, training_images=len(train_samples), test_images=len(test_samples))
     detectors = []
