@@ -186,8 +186,8 @@ def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Pa
     if "train" in folders and test_name and class_folders(root / "train", exclude, bands):
         parts, split = [root / "train", root / test_name], f"train/{test_name}"
     elif folders and {name.lower() for name in folders} <= SPLIT_NAMES:
-        common.fail(f"--data_path {root}: holds {', '.join(folders)}, neither classes nor train with val or "
-                    "test, holding classes")
+        common.fail(f"--data_path {root}: holds {', '.join(folders)}; call them train and val (or test), "
+                    "with class folders in each")
     else:
         parts, split = [root], f"{val_fraction:g} of each class, split_seed {split_seed}"
     if len(parts) == 1 and len(folders) < 2:

@@ -249,8 +249,8 @@ def refused(run, capsys, script, flags, message, code=2):
 BAD_EVALUATION = [
     (["--nb_knn", "31"], "--nb_knn 31: must be from 1 to the number of training images, 30"),
     (["--data_path", "/nonexistent"], "no such folder"),
-    (["--data_path", "EMPTY"], "has 0 class folders"),
-    (["--data_path", "SPLITS"], "SPLITS holds Test, training, no classes; call them train and val"),
+    (["--data_path", "EMPTY"], "no image in it"),
+    (["--data_path", "SPLITS"], "SPLITS: holds Test, training; call them train and val (or test)"),
     (["--weights", "random"], "--weights random: give its --arch"),
     (["--weights", "RESNET", "--arch", "test_resnet"], "another arch?"),
     (["--weights", "RESNET"], "give its --arch"),

@@ -464,7 +464,8 @@ def naive_finetuning(train, C):
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
-        lr = 1e-6 + (0.001 - 1e-6) * 0.5 * (1 + math.cos(math.pi * step / (3 * (len(train) // 4))))  # .064 / 64
+        total = 3 * (len(train) // 4)
+        lr = 1e-6 + (0.001 - 1e-6) * 0.5 * (1 + math.cos(math.pi * step / total))  # .064 * 4 / 256
         with torch.no_grad():
             for name, p in model.named_parameters():
                 spared = p.ndim <= 1 or name.endswith("bias") or name in ("pos_embed", "cls_token")
@@ -492,7 +493,8 @@ def test_steps_of_finetuning_equal_plain_loops(run, scenes, tmp_path, micro_batc
     losses, expected, first = naive_finetuning(train, C)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
     for name, p in expected.items():
-        sure = first[name].abs() > 1e-4  # AdamW's first steps are signs, of which small gradients have none
+        # AdamW's first steps are signs, of which small gradients have none.
+        sure = first[name].abs() > (1e-5 if multi_label else 1e-4)
         torch.testing.assert_close(saved["model"][name][sure], p.data[sure], atol=2e-5, rtol=1e-3, msg=name)
         assert name == "pos_embed" or sure.any(), name
 
