@@ -22,6 +22,7 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.queues
 import os
 import pickle
 import platform
@@ -72,10 +73,13 @@ TIFF_JPEGS = (6, 7, 34892, 33007)  # compressions that tifffile decodes to RGB
 MOST_NUMBERS = 2**30  # pixels times bands to read at once: 4 GB in float32
 RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data,
 EXPORT_FILES = {"config.json", "model.safetensors"}  # nor is one with both of these
-TOO_LITTLE = {  # what PyTorch's errors say, and what helps
+TOO_LITTLE = {  # what errors of Python and PyTorch say, and what helps
+    "Expected more than 1 value per channel": "BatchNorm needs two images or more: a larger "
+                                              "--batch_size_per_gpu (--accum_steps does not help)",
     "Too many open files": "too many open files: raise `ulimit -n`, or give fewer --num_workers",
     "shared memory": "too little shared memory for the workers: fewer --num_workers, or a larger /dev/shm "
                      "(docker run --shm-size 8g)",
+    "exited unexpectedly": "a worker ended, see above: fewer --num_workers may help",
     "is killed by signal: Killed": "a worker was killed, likely for want of memory: fewer --num_workers",
     "CUDA out of memory": "too little memory on the GPU: a smaller --batch_size_per_gpu, with --accum_steps",
 }
@@ -205,8 +209,10 @@ def init_process(device: str) -> Process:
     Args:
         device: auto, cpu, cuda or mps; auto takes the first there is of cuda, mps, cpu.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of classes and files, in any terminal
+    if hasattr(sys.stdout, "reconfigure"):  # names of classes and files, in any terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
     sys.excepthook = _say_what_is_short
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_of_queue)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     one_mps = torch.backends.mps.is_available() and world_size == 1  # gloo has no tensors of mps
     found = {"cuda": torch.cuda.is_available(), "mps": one_mps, "cpu": True}
@@ -236,6 +242,12 @@ def _say_what_is_short(kind: type, error: BaseException, traceback: object) -> N
         sys.__excepthook__(kind, error, traceback)
     else:
         print("error:", way_out, file=sys.stderr, flush=True)
+
+
+def _end_of_queue(error: BaseException, _: object) -> None:
+    # Of a worker that cannot hand over its batch, for which the main process would wait for ever.
+    sys.excepthook(type(error), error, error.__traceback__)
+    os._exit(1)
 
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:

@@ -20,16 +20,21 @@ each votes with weight exp(similarity / tau). Nothing is trained, so nothing is 
     C         C              -                          classes
 
 DATA_PATH holds class folders, in train/ and val/ (or test/); without those, each class is split by
---val_fraction and --split_seed. Beware of random splits of neighbouring tiles (EuroSAT's usual one):
-near-copies of test images are then among the training images. Images have any bands and any type of pixels
-(`--in_chans`, `--bands`); `pixel_values` says by what mean and deviation they are normalised.
+--val_fraction and --split_seed. Or it has a labels.csv: `path,labels` or `path,labels,split`, paths relative
+to it, labels joined by `|`. Unless each image has one label, each neighbour votes for all of its own; the
+figures are then micro AP, macro AP and micro F1. A folder with neither gets the label-free figures alone.
+Beware of random splits of neighbouring tiles (EuroSAT's usual one): near-copies of test images are then among
+the training images. Any bands and type of pixels (`--in_chans`, `--bands`); see `pixel_values`.
 
 Differs from the authors' code:
 - all k come from one top-k over chunks of test images, so memory stays bounded; any number of classes;
 - k above N is refused, or left out where it is a default;
 - the features are the backbone's own (DINO-MC's authors put a random projection behind ResNet, WRN and Swin).
 
-On screen a table; in OUTPUT_DIR/results.jsonl, and as the last lines printed, a JSON line for each weights.
+In OUTPUT_DIR: results.jsonl, a line for each of the weights, also printed below the table; neighbours.png,
+eight queries and the eight images nearest to each (green: a label is shared); features.png, images and the
+first three principal components of their last maps as colours. Without labels: the effective rank and the
+spread of the features. Both are low where features are nearly alike for all images.
 """
 
 import argparse
@@ -66,7 +71,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", required=True, help="class folders, or train/ and val/ (or test/) holding them")
+    add("--data_path", required=True, help="class folders, or train/ and val/ (or test/) holding them; or "
+        "images with a labels.csv; or images without labels")
     add_split_flags(add)
 
     add = parser.add_argument_group("model").add_argument
@@ -79,7 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--per_class", action=yes_no, default=False, help="add the accuracy of each class at the first k")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default=".", help="where results.jsonl gets its lines")
+    add("--output_dir", default=".", help="gets results.jsonl and the pictures")
     add("--batch_size_per_gpu", type=positive(int), default=64, help="images per forward pass")
     add("--seed", type=not_negative(int), default=0, help="of random weights")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")

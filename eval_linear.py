@@ -27,13 +27,14 @@ head is trained for each, on 80 % of the training images of each class; the lear
 other 20 % trains a head on all of them; then the test images are looked at, once. A ViT's feature is the
 class tokens of its last `--n_last_blocks`, that of other nets the pooled last map. `--finetune` trains the
 backbone too, on all training images; the last epoch counts. With `--avgpool`, as MAE and CSPT do it, a ViT's
-feature is then its mean patch token behind a fresh norm. Images: as eval_knn.py takes them.
+feature is then its mean patch token behind a fresh norm. Images and labels: as eval_knn.py takes them.
 
 Differs from MAE's fine-tuning: without `--avgpool` a ViT's last norm has the learning rate of its last block,
 theirs that of the head.
 
-In OUT: results.jsonl gets a line for each of the weights, with top-1 and macro precision, recall and F1; of
-the first of them (but image_stats) there are head.pth, backbone/ and confusion.png (rows: true class,
+In OUT: results.jsonl gets a line for each of the weights and each --train_fraction, with top-1 and macro
+precision, recall and F1 (several labels: micro AP, macro AP, micro F1); of the first of the weights (but
+image_stats) and the largest fraction there are head.pth, backbone/ and confusion.png (rows: true class,
 columns: predicted). `--predict` writes predictions.csv.
 """
 
@@ -88,7 +89,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", help="class folders, or train/ and val/ (or test/) holding them")
+    add("--data_path", help="class folders, or train/ and val/ (or test/) holding them; or with a labels.csv")
     add("--predict", help="instead: classify this folder's images, with an --output_dir as --weights")
     eval_knn.add_split_flags(add)
 
@@ -535,10 +536,6 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
     optimizer, scaler = timm.optim.create_optimizer_v2(
         model, opt="momentum" if args.optimizer == "sgd" else args.optimizer, lr=args.lr, momentum=0.9,
         weight_decay=args.weight_decay, layer_decay=args.layer_decay), run.scaler
-    batch_norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if args.batch_size_per_gpu == 1 and batch_norms and not isinstance(batch_norms[0], nn.SyncBatchNorm):
-        common.fail("--batch_size_per_gpu 1: BatchNorm needs two images or more, and --accum_steps does not "
-                    "help")
     run.restore(None, model=model, optimizer=optimizer)
     if args.compile:
         model.compile()

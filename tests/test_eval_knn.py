@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import shutil
@@ -95,6 +96,17 @@ def test_whole_run_over_all_kinds_of_weights(run, train, scenes, tmp_path, capsy
         assert sum(line["per_class"]) / 10 == pytest.approx(line["top1"]["1"])
     run("eval_knn", *base, "--weights", checkpoint, "--checkpoint_key", "encoder_k", "--nb_knn", 1)
     assert len(lines_of(tmp_path)) == 6
+
+
+def test_names_that_the_terminal_cannot_write(run, scenes, tmp_path, monkeypatch):
+    for i, name in enumerate(("größe", "b")):
+        shutil.copytree(sorted((scenes / "train").iterdir())[i], tmp_path / "data" / name)
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", screen)
+    flags = ["--data_path", tmp_path / "data", "--output_dir", tmp_path, "--num_workers", 0, "--img_size", 32]
+    run("eval_knn", *flags, "--weights", "image_stats", "--nb_knn", 1, "--per_class")
+    screen.flush()
+    assert rb"gr\xf6\xdfe" in screen.buffer.getvalue()
 
 
 def test_image_stats_are_standardised_means_and_deviations(run, scenes, tmp_path):

@@ -565,14 +565,6 @@ def test_mixing_gives_each_image_its_share_of_both_labels():
         torch.testing.assert_close(targets[i], factor * labels[i] + (1 - factor) * labels[i - 1])
 
 
-def test_one_image_at_a_time_is_refused_where_batchnorm_trains(run, scenes, tmp_path, capsys):
-    flags = ["--finetune", "--weights", "random", "--batch_size_per_gpu", 1, "--accum_steps", 4]
-    with pytest.raises(SystemExit):
-        run("eval_linear", *flags_of(scenes, tmp_path, *flags, "--arch", "test_resnet"))
-    assert "--batch_size_per_gpu 1: BatchNorm needs two images" in capsys.readouterr().err
-    run("eval_linear", *flags_of(scenes, tmp_path, *flags, "--arch", "test_vit", "--max_steps", 1))
-
-
 # ------------------------------------------------------------------ any bands, any type of pixels
 
 
