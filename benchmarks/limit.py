@@ -1,0 +1,115 @@
+"""How near a training step is to the processor's limit: the bare matrix products and convolutions of it.
+
+    python benchmarks/limit.py --data_path IMAGES
+
+Each script does a few steps of its own at 224 px. They are watched for the shapes of its matrix products and
+convolutions, forward and backward, which are then run alone, in bf16, each warm in the cache. Their sum is
+the limit; the figure is the median step over it. Waiting for data is left out.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+STEPS = {
+    "DINO-MC, ViT-S/16, 4 images": "dino_mc --arch vit_small_patch16_224 --batch_size_per_gpu 4",
+    "MHCL, ResNet-50, 8 images": "mhcl --arch resnet50 --batch_size_per_gpu 8 --moco_k 4096",
+    "CMID, ResNet-50, 4 images": "cmid --arch resnet50 --batch_size_per_gpu 4 --moco_k 4096",
+    "DSPT, ViT-B/16, 8 images": "dspt_mae --arch vit_base_patch16_224 --batch_size_per_gpu 8",
+}
+aten = torch.ops.aten
+BARE = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution,
+                              aten.convolution_backward)}
+
+
+class Watch(TorchDispatchMode):
+    """Counts the calls of BARE by function and arguments, of which tensors count by shape and strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        """Calls the function."""
+        if function in BARE:
+            self.calls[function, tuple(map(described, args))] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of a tensor."""
+
+    shape: tuple
+    strides: tuple
+
+    def make(self) -> Tensor:
+        """Random numbers in bf16."""
+        numel = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.strides, strict=True))
+        return torch.randn(numel).bfloat16().as_strided(self.shape, self.strides)
+
+
+def described(x: object) -> object:
+    """An argument of a call as something that can be counted."""
+    if isinstance(x, Tensor):
+        return Layout(tuple(x.shape), x.stride())
+    return tuple(x) if isinstance(x, list) else x
+
+
+def seconds_of(function: object, arguments: tuple, rounds: int = 3) -> float:
+    """Of one call, the median of `rounds` warm ones."""
+    arguments = [x.make() if isinstance(x, Layout) else list(x) if isinstance(x, tuple) else x
+                 for x in arguments]
+    seconds = []
+    for _ in range(1 + rounds):
+        began = time.perf_counter()
+        function(*arguments)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def steps(flags: str, data: Path, count: int) -> list[float]:
+    """Seconds that each step of a script takes, without the wait for data."""
+    script, *words = flags.split()
+    with tempfile.TemporaryDirectory() as out:
+        words += ["--max_steps", count, "--data_path", data, "--output_dir", out, "--epochs", 100]
+        words += ["--log_every", 1, "--num_workers", 1, "--device", "cpu", "--img_size", 224]
+        sys.argv = [script, *map(str, words)]
+        with contextlib.redirect_stdout(io.StringIO()):
+            importlib.import_module(script).main()
+        lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+    return [line["step_seconds"] - line["data_seconds"] for line in lines if "step" in line]
+
+
+def main() -> None:
+    """A line for each script."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data_path", type=Path, required=True, help="a folder of images")
+    parser.add_argument("--steps", type=int, default=8, help="to time, after two")
+    args = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    for name, flags in STEPS.items():
+        step = statistics.median(steps(flags, args.data_path, args.steps + 2)[2:])
+        with Watch() as watch:
+            steps(flags, args.data_path, 2)
+        limit = sum(count * seconds_of(*call) for call, count in watch.calls.items()) / 2
+        print(f"{name}: {step:.2f} s a step, its bare products and convolutions {limit:.2f} s: "
+              f"{step / limit:.2f} times the limit", flush=True)
+
+
+if __name__ == "__main__":
+    main()
