@@ -1,7 +1,7 @@
-"""The weighted kNN vote for four k at once, against one pass per k with 1,000-class one-hot votes.
+"""The weighted kNN vote for four k at once, against one pass per k; and features in bf16 against float32.
 
-Run it as `python benchmarks/knn.py`. EuroSAT's size: 21,600 and 5,400 features of 384, 10 classes. The
-predictions have to be identical.
+Run it as `python benchmarks/knn.py`. Vote: EuroSAT's size, 21,600 and 5,400 features, 10 classes; against
+votes of 1,000-class one-hot vectors; the predictions have to be identical. Features have to agree to .005.
 """
 
 import sys
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import common
 from benchmarks.timing import compare
 from eval_knn import knn_predict
 
@@ -40,7 +41,21 @@ def main() -> None:
                    for y in (labels, test_labels))
     compare(f"kNN of 4 k, {torch.get_num_threads()} threads",
             lambda: knn_predict(train, labels, test, KS, TEMP),
-            lambda: torch.stack([plain(train, labels, test, k) for k in KS]))
+            lambda: torch.stack([plain(train, labels, test, k) for k in KS], 1))
+
+    networks, images = [], torch.randn(16, 3, 224, 224)
+    for amp in ("auto", "off"):
+        autocast = common.autocast(amp, torch.device("cpu"))  # which chooses the form of attention
+        networks.append((common.build_backbone("vit_small_patch16_224", 224).eval(), autocast))
+    networks[1][0].load_state_dict(networks[0][0].state_dict())
+
+    @torch.inference_mode()
+    def features(model: torch.nn.Module, autocast: torch.autocast) -> Tensor:
+        with autocast:
+            return F.normalize(model(images).float(), dim=1)
+
+    compare(f"features of ViT-S/16, 16 images of 224 px, --amp auto against off, {torch.get_num_threads()} "
+            "threads", lambda: features(*networks[0]), lambda: features(*networks[1]), atol=5e-3)
 
 
 if __name__ == "__main__":
