@@ -563,20 +563,20 @@ def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
         prefix = head[345:500].split(b"\0")[0] if head[257:263] == b"ustar\0" else b""
         path = more.get(b"path", prefix + b"/" * bool(prefix) + head[:100].split(b"\0")[0])
         name = _plain_name(os.fsdecode(path))
-        target = os.fsdecode(more.get(b"linkpath", head[157:257].split(b"\0")[0]))
-        if kind == b"S" or any(key.startswith(b"GNU.sparse") for key in more):
+        if kind == b"S" or more and any(key.startswith(b"GNU.sparse") for key in more):
             raise ValueError(f"{name}: a sparse file: make the archive without --sparse")
         if b"size" in more:
             size = int(more[b"size"]) if re.fullmatch(rb"\d{1,18}", more[b"size"]) else -1
+        target = os.fsdecode(more.get(b"linkpath", head[157:257].split(b"\0")[0])) if kind in b"12" else ""
         linked = found.get(_plain_name(target), (0, 0))
         found.pop(name, None)
         links.pop(name, None)
-        if kind == b"1":
+        if kind in b"0\0007" and path[-1:] != b"/":
+            found[name] = here, size
+        elif kind == b"1":  # a hard link to a member before it
             found[name] = linked
         elif kind == b"2":
             links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-        elif kind in b"0\0007" and path[-1:] != b"/":
-            found[name] = here, size
         if kind not in b"123456":  # which have no data
             if not 0 <= size <= end - here:
                 raise ValueError(f"truncated or damaged: {name} is not all there: copy it again")
@@ -590,22 +590,22 @@ def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
 
 def _check_header(head: bytes, size: int, start: int) -> None:
     # Raises ValueError where there is no header, or an absurd one, at byte `start` of an archive.
+    rest = _tar_number(head[148:156]) - 256 - sum(head[:148].translate(None, b"\0")) - sum(
+        head[156:].translate(None, b"\0"))
+    if not rest and len(head) == 512 and 0 <= size and (size <= 2**20 or head[156:157] not in b"LKxXg"):
+        return
     packer = next((name for magic, name in PACKERS.items() if head.startswith(magic)), None)
     if packer and not start:
         raise ValueError(f"a compressed archive: unpack it to a plain one ({packer} -dc OLD > NEW.tar)")
     if len(head) < 512:
         raise ValueError("truncated: it lacks the blocks of zeros that end an archive: copy it again")
-    total, high = sum(head.replace(b"\0", b"")) - sum(head[148:156]) + 256, 256
-    checksum = _tar_number(head[148:156])
-    if checksum != total and checksum != total - high * sum(byte > 127 for byte in head):  # of signed bytes
-        raise ValueError(f"damaged at byte {start}: copy it again" if start else
-                         "no tar archive, whatever its name: move it away")
-    if size < 0 or size > 2**20 and head[156:157] in b"LKxXg":
+    if start or not rest:
         raise ValueError(f"damaged at byte {start}: copy it again")
+    raise ValueError("no tar archive, whatever its name: move it away")
 
 
 def _plain_name(path: str) -> str:
-    return "/".join(part for part in path.split("/") if part not in ("", "."))
+    return "/".join([part for part in path.split("/") if part and part != "."])
 
 
 def _tar_number(field: bytes) -> int:
