@@ -23,6 +23,7 @@ import json
 import logging
 import math
 import multiprocessing
+import multiprocessing.queues
 import operator
 import os
 import pickle
@@ -78,6 +79,16 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.z
 MOST_NUMBERS = 2**30  # pixels times bands to read at once: 4 GB in float32
 RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data,
 EXPORT_FILES = {"config.json", "model.safetensors"}  # nor is one with both of these
+TOO_LITTLE = {  # what errors of Python and PyTorch say, and what helps
+    "Expected more than 1 value per channel": "BatchNorm needs two images or more: a larger "
+                                              "--batch_size_per_gpu (--accum_steps does not help)",
+    "Too many open files": "too many open files: raise `ulimit -n`, or give fewer --num_workers",
+    "shared memory": "too little shared memory for the workers: fewer --num_workers, or a larger /dev/shm "
+                     "(docker run --shm-size 8g)",
+    "exited unexpectedly": "a worker ended, see above: fewer --num_workers may help",
+    "is killed by signal: Killed": "a worker was killed, likely for want of memory: fewer --num_workers",
+    "CUDA out of memory": "too little memory on the GPU: a smaller --batch_size_per_gpu, with --accum_steps",
+}
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
                 if hasattr(signal, name)]  # Windows lacks two
 # Flags of the training scripts that may change between a run and its continuation: those that do not make
@@ -86,7 +97,7 @@ FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_parti
               "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
               "log_every", "max_steps", "tensorboard"}
 # Flags that checkpoints of earlier versions lack, and what these did.
-YOUNGER_FLAGS = {"in_chans": 3, "bands": None, "tile_size": None}
+YOUNGER_FLAGS = {"in_chans": 3, "bands": None, "tile_size": None, "train_fraction": [1.0]}
 
 # --------------------------------------------------------------------------------------------------
 # Errors, processes, seeds
@@ -204,6 +215,10 @@ def init_process(device: str) -> Process:
     Args:
         device: auto, cpu, cuda or mps; auto takes the first there is of cuda, mps, cpu.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # names of classes and files, in any terminal
+        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.excepthook = _say_what_is_short
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_of_queue)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     one_mps = torch.backends.mps.is_available() and world_size == 1  # gloo has no tensors of mps
     found = {"cuda": torch.cuda.is_available(), "mps": one_mps, "cpu": True}
@@ -224,6 +239,21 @@ def init_process(device: str) -> Process:
                                 world_size=world_size)
         cpu_group = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
     return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), cpu_group)
+
+
+def _say_what_is_short(kind: type, error: BaseException, traceback: object) -> None:
+    # One line where the machine has too little of something; it may be noticed anywhere in a script.
+    way_out = next((way for words, way in TOO_LITTLE.items() if words in str(error)), None)
+    if way_out is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print("error:", way_out, file=sys.stderr, flush=True)
+
+
+def _end_of_queue(error: BaseException, _: object) -> None:
+    # Of a worker that cannot hand over its batch, for which the main process would wait for ever.
+    sys.excepthook(type(error), error, error.__traceback__)
+    os._exit(1)
 
 
 def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
@@ -2555,21 +2585,30 @@ def feature_std(features: Tensor) -> Tensor:
     return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
 
+def to_picture(view: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """What normalize made of an image, C x h x w, as red, green and blue 3 x h x w in [0, 1].
+
+    These are the first three bands; of fewer the first is grey.
+    """
+    if dtype != torch.uint8:  # as to_float: three deviations either way
+        mean, std = [0.5] * len(mean), [1 / 6] * len(std)
+    view = view.float().cpu() * _per_band(std, view.cpu()) + _per_band(mean, view.cpu())
+    return view[: 3 if len(view) > 2 else 1].clamp(0, 1).expand(3, -1, -1)
+
+
 def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float], std: Sequence[float],
               dtype: torch.dtype = torch.uint8) -> Tensor:
     """Writes a PNG with a row per image: its views, normalised C x h x w of any size, centred on white.
 
-    The first three bands are red, green and blue; of fewer the first is grey. `mean`, `std` and `dtype` are
-    those that normalize was given. Returns the picture, 3 x H x W in [0, 1].
+    `mean`, `std` and `dtype` are those that normalize was given; see to_picture. Returns the picture,
+    3 x H x W in [0, 1].
     """
     side = max(max(view.shape[1:]) for row in rows for view in row)
-    if dtype != torch.uint8:  # as to_float: three deviations either way
-        mean, std = [0.5] * len(mean), [1 / 6] * len(std)
     grid = torch.ones(len(rows) * len(rows[0]), 3, side, side)
     for cell, view in zip(grid, (view for row in rows for view in row), strict=True):
-        (_, h, w), view = view.shape, view.float().cpu() * _per_band(std, cell) + _per_band(mean, cell)
+        h, w = view.shape[1:]
         top, left = (side - h) // 2, (side - w) // 2
-        cell[:, top : top + h, left : left + w] = view[: 3 if len(view) > 2 else 1].clamp(0, 1)
+        cell[:, top : top + h, left : left + w] = to_picture(view, mean, std, dtype)
     grid = torchvision.utils.make_grid(grid, nrow=len(rows[0]), pad_value=1.0)
     write_atomically(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
     return grid

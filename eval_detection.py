@@ -831,7 +831,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
 
     parts, paths = common.from_main(process, find)
     common.check_there(process, paths, args.data_path)
-    backbones = prepare(args, process, [(path, None) for path in paths])
+    backbones = prepare(args, process, paths)
     train_samples, test_samples, classes, args.boxes = common.from_main(
         process, lambda: (*load_data(parts, args), args.boxes))
     detectors = []

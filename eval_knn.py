@@ -20,20 +20,29 @@ each votes with weight exp(similarity / tau). Nothing is trained, so nothing is 
     C         C              -                          classes
 
 DATA_PATH holds class folders, in train/ and val/ (or test/); without those, each class is split by
---val_fraction and --split_seed. Beware of random splits of neighbouring tiles (EuroSAT's usual one):
-near-copies of test images are then among the training images. Images have any bands and any type of pixels
-(`--in_chans`, `--bands`); `pixel_values` says by what mean and deviation they are normalised.
+--val_fraction and --split_seed. Or it has a labels.csv: `path,labels` or `path,labels,split`, paths relative
+to it, labels joined by `|`. Unless each image has one label, each neighbour votes for all of its own; the
+figures are then micro AP, macro AP and micro F1. A folder with neither gets the label-free figures alone.
+Beware of random splits of neighbouring tiles (EuroSAT's usual one): near-copies of test images are then among
+the training images. Any bands and type of pixels (`--in_chans`, `--bands`); see `pixel_values`.
 
 Differs from the authors' code:
 - all k come from one top-k over chunks of test images, so memory stays bounded; any number of classes;
 - k above N is refused, or left out where it is a default;
 - the features are the backbone's own (DINO-MC's authors put a random projection behind ResNet, WRN and Swin).
 
-On screen a table; in OUTPUT_DIR/results.jsonl, and as the last lines printed, a JSON line for each weights.
+In OUTPUT_DIR: results.jsonl, a line for each of the weights, also printed below the table; neighbours.png,
+eight queries and the eight images nearest to each (green: a label is shared); features.png, images and the
+first three principal components of their last maps as colours. Without labels: the effective rank and the
+spread of the features. Both are low where features are nearly alike for all images.
 """
 
 import argparse
+import csv
 import json
+import math
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -62,7 +71,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", required=True, help="class folders, or train/ and val/ (or test/) holding them")
+    add("--data_path", required=True, help="class folders, or train/ and val/ (or test/) holding them; or "
+        "images with a labels.csv; or images without labels")
     add_split_flags(add)
 
     add = parser.add_argument_group("model").add_argument
@@ -75,7 +85,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--per_class", action=yes_no, default=False, help="add the accuracy of each class at the first k")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default=".", help="where results.jsonl gets its lines")
+    add("--output_dir", default=".", help="gets results.jsonl and the pictures")
     add("--batch_size_per_gpu", type=positive(int), default=64, help="images per forward pass")
     add("--seed", type=not_negative(int), default=0, help="of random weights")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
@@ -112,48 +122,177 @@ def add_weights_flags(add: Callable) -> None:
 
 
 NB_KNN = [10, 20, 100, 200]  # DINO's k's
+RANK_IMAGES = 25_000  # RankMe's number for the effective rank
+FIGURES = {"top1": "top-1", "micro_ap": "micro AP", "macro_ap": "macro AP", "micro_f1": "micro F1"}
+GREEN, RED = (0.1, 0.7, 0.2), (0.9, 0.1, 0.1)
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
-def class_folders(root: Path, exclude: Path | None = None,
-                  bands: list[int | str] | None = None) -> dict[str, list[str]]:
-    """Class name -> its images, by the folders in `root`; without `exclude` and the output of runs."""
-    folders = sorted(folder for folder in root.iterdir() if common.is_data(folder, exclude))
-    names = [folder.name for folder in folders]
-    if names and {name.lower() for name in names} <= SPLIT_NAMES:
-        common.fail(f"--data_path: {root} holds {', '.join(names)}, no classes; call them train and val")
-    if len(folders) < 2:
-        common.fail(f"--data_path: {root} has {len(folders)} class folders, two or more are needed")
-    return {folder.name: common.list_images(folder, exclude, bands=bands) for folder in folders}
+@dataclass
+class Labelled:
+    """Images and their labels: N class numbers, or multi-label N x C of 0 and 1, any number for an image."""
+
+    paths: Sequence[str]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, mask: Tensor) -> "Labelled":
+        """The images where `mask` (N) is true, in their order."""
+        return Labelled([self.paths[i] for i in mask.nonzero().flatten().tolist()], self.labels[mask])
+
+
+def draw_share(labels: Tensor, share: float, *key: int | str, names: Sequence[str] | None = None,
+               may_be_all: bool = False) -> Tensor:
+    """True for about `share` of the images of each class, at least one of two: labels N or N x C -> N.
+
+    The rarest class draws first, and what it has decided on an image stays. Images without a class come last.
+
+    Args:
+        labels: class numbers, or 0 and 1 for each class.
+        share: from 0 to 1.
+        key: the draws come from it and the class.
+        names: of the classes; default: their numbers.
+        may_be_all: a class of one image is drawn; else no class is drawn whole.
+    """
+    if labels.ndim == 1:
+        members = [(labels == c).nonzero().flatten() for c in range(int(labels.max()) + 1)]
+    else:
+        members = [column.nonzero().flatten() for column in [*labels.T, (labels == 0).all(1)]]
+    names = range(len(members)) if names is None else [*names, ""]
+    drawn, decided = torch.zeros(len(labels), dtype=torch.bool), torch.zeros(len(labels), dtype=torch.bool)
+    for c in sorted(range(len(members)), key=lambda c: len(members[c])):
+        left = members[c][~decided[members[c]]]
+        count = max(1, round(share * len(members[c]))) - int(drawn[members[c]].sum())
+        order = torch.randperm(len(left), generator=common.generator(*key, names[c]))
+        drawn[left[order[: max(0, count)]]] = True
+        decided[members[c]] = True
+    for images in members:
+        if may_be_all and not drawn[images].any():
+            drawn[images[:1]] = True
+        if not may_be_all and drawn[images].all():
+            drawn[images[:1]] = False
+    return drawn
 
 
 def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Path | None = None,
-               bands: list[int | str] | None = None) -> tuple[list, list, list[str], str]:
-    """Training and test images as (path, class number), the class names, and the split in words."""
+               bands: list[int | str] | None = None) -> tuple[Labelled, Labelled, list[str], str]:
+    """Training and test images, the class names, and the split in words.
+
+    Of a folder with neither labels.csv nor class folders all images come as training images, of no class.
+    """
     root = Path(data_path)
     if not root.is_dir():
         common.fail(f"--data_path {root}: no such folder")
-    if (root / "train").is_dir():
-        name = next((name for name in ("val", "test") if (root / name).is_dir()), None)
-        if name is None:
-            common.fail(f"--data_path {root}: has train/ but neither val/ nor test/")
-        train, test = (class_folders(root / part, exclude, bands) for part in ("train", name))
-        split = f"train/{name}"
-        if unknown := sorted(set(test) - set(train)):
-            common.fail(f"--data_path {root}: {name}/ has classes that train/ lacks: {', '.join(unknown)}")
+    if (root / "labels.csv").is_file():
+        return read_labels(root, val_fraction, split_seed, exclude, bands)
+    folders = class_folders(root, exclude, bands)
+    test_name = next((name for name in ("val", "test") if name in folders), None)
+    if "train" in folders and test_name and class_folders(root / "train", exclude, bands):
+        parts, split = [root / "train", root / test_name], f"train/{test_name}"
+    elif folders and {name.lower() for name in folders} <= SPLIT_NAMES:
+        common.fail(f"--data_path {root}: holds {', '.join(folders)}; call them train and val (or test), "
+                    "with class folders in each")
     else:
-        train, test, split = {}, {}, f"{val_fraction:g} of each class, split_seed {split_seed}"
-        for name, paths in class_folders(root, exclude, bands).items():
-            generator = torch.Generator().manual_seed(common.stream_seed(split_seed, "split", name))
-            order = torch.randperm(len(paths), generator=generator).tolist()
-            count = max(1, round(val_fraction * len(paths)))
-            if count == len(paths):
-                common.fail(f"--val_fraction {val_fraction}: leaves no training image of class {name}")
-            test[name], train[name] = ([paths[i] for i in part] for part in (order[:count], order[count:]))
-    names = list(train)
-    train, test = ([(path, names.index(name)) for name, paths in part.items() for path in paths]
-                   for part in (train, test))
-    return train, test, names, split
+        parts, split = [root], f"{val_fraction:g} of each class, split_seed {split_seed}"
+    if len(parts) == 1 and len(folders) < 2:
+        paths = common.list_images(root, exclude, bands=bands)
+        everything = Labelled(paths, torch.zeros(len(paths), dtype=torch.long))
+        return everything, Labelled([], everything.labels[:0]), [], "no labels"
+    names, of_part = [], []
+    for part in parts:
+        own = {name: common.list_images(part / name, exclude, bands=bands)
+               for name in class_folders(part, exclude, bands)}
+        if len(own) < 2 and not names:
+            common.fail(f"--data_path: {part} has {len(own)} class folders, two or more are needed")
+        names = names or list(own)
+        if unknown := sorted(set(own) - set(names)):
+            common.fail(f"--data_path {root}: {part.name}/ has classes that train/ lacks: "
+                        + ", ".join(unknown))
+        labels = [names.index(name) for name, paths in own.items() for _ in paths]
+        of_part.append(Labelled(sum(own.values(), []), torch.tensor(labels)))
+    if len(of_part) == 1:
+        of_part = split_off(*of_part, names, val_fraction, split_seed)
+    return *of_part, names, split
+
+
+def class_folders(root: Path, exclude: Path | None, bands: list[int | str] | None) -> list[str]:
+    """Names of the folders in `root` that may be classes: no output of runs, no folder of bands, an image."""
+    folders = sorted(folder for folder in root.iterdir() if common.is_data(folder, exclude))
+    if common.is_named(bands):
+        folders = [folder for folder in folders if not any(
+            common.is_band(file.name, band) for file in folder.iterdir() for band in bands)]
+    return [folder.name for folder in folders]
+
+
+def split_off(images: Labelled, names: list[str], val_fraction: float, split_seed: int) -> list[Labelled]:
+    """Training and test images: a share of each class is for the test."""
+    mask = draw_share(images.labels, val_fraction, split_seed, "split", names=names)
+    if not mask.any():
+        common.fail("--data_path: one image of each class leaves none to test on")
+    return [images.part(~mask), images.part(mask)]
+
+
+def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path | None = None,
+                bands: list[int | str] | None = None) -> tuple[Labelled, Labelled, list[str], str]:
+    """As load_split, from root/labels.csv: path,labels or path,labels,split.
+
+    Paths are relative to `root`; labels are joined by `|`. Where each image has one label they are classes.
+    A split is train, val or test; without that column each class is split.
+    """
+    file, root = root / "labels.csv", os.path.normpath(root)
+    left, names, parts = set(common.list_images(root, exclude, bands=bands)), [], []
+    paths = []
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
+        try:
+            rows = csv.DictReader(text, strict=True)
+            if not {"path", "labels"} <= set(rows.fieldnames or []) <= {"path", "labels", "split"}:
+                common.fail(f"--data_path: {file} begins with {','.join(rows.fieldnames or [])}, not with "
+                            "path,labels or path,labels,split")
+            for row in rows:
+                where = f"--data_path: {file}, line {rows.line_num}"
+                if None in row or None in row.values():
+                    common.fail(f"{where}: not {len(rows.fieldnames)} columns")
+                path = os.path.normpath(os.path.join(root, row["path"]))
+                if path not in left:
+                    twice = path in paths
+                    common.fail(f"{where}: {row['path']}: {'a second time' if twice else 'no such image'}")
+                left.remove(path)
+                paths.append(path)
+                names.append({name for name in map(str.strip, row["labels"].split("|")) if name})
+                parts.append(row.get("split", "").strip())
+        except csv.Error as error:
+            common.fail(f"--data_path: {file}, line {rows.line_num}: {error}")
+    if left:
+        print(f"{len(left)} images are not in {file}, and left out")
+    classes = sorted(set().union(*names))
+    if not classes or len(classes) < 2 and all(names):
+        common.fail(f"--data_path: {file} names {len(classes)} labels, two or more are needed")
+    number = {name: c for c, name in enumerate(classes)}
+    if all(len(own) == 1 for own in names):
+        labels = torch.tensor([number[name] for own in names for name in own])
+    else:
+        labels = torch.zeros(len(names), len(classes))
+        for row, own in zip(labels, names, strict=True):
+            row[[number[name] for name in own]] = 1
+    images = Labelled(paths, labels)
+    if "split" not in rows.fieldnames:
+        split = f"labels.csv, {val_fraction:g} of each class, split_seed {split_seed}"
+        return *split_off(images, classes, val_fraction, split_seed), classes, split
+    if unknown := sorted(set(parts) - {"train", "val", "test"}):
+        common.fail(f"--data_path: {file}: split {unknown[0]!r}: train, val or test are allowed")
+    test_name = "val" if "val" in parts else "test"
+    train, test = (images.part(torch.tensor([part == name for part in parts]))
+                   for name in ("train", test_name))
+    if not len(train) or not len(test):
+        common.fail(f"--data_path: {file} has {len(train)} images of split train, {len(test)} of {test_name}")
+    counts = [part.labels.sum(0) if part.labels.ndim == 2 else part.labels.bincount(minlength=len(classes))
+              for part in (train, test)]
+    if missing := [name for name, a, b in zip(classes, *counts, strict=True) if b and not a]:
+        common.fail(f"--data_path: {file}: split {test_name} has labels that train lacks: "
+                    + ", ".join(missing))
+    return train, test, classes, f"labels.csv, train/{test_name}"
 
 
 @dataclass
@@ -169,30 +308,30 @@ class Backbone:
     bands: list[int | str] | None = None  # see common.read_image
     dtype: torch.dtype | None = None  # of the pixels; others are unreadable
 
-    def images(self, samples: list[tuple[str, int]]) -> common.Samples:
-        """The images of (path, class number), as its files have them."""
-        images = common.Samples([path for path, _ in samples], len(self.mean), self.bands)
+    def images(self, paths: Sequence[str]) -> common.Samples:
+        """The images as their files have them."""
+        images = common.Samples(paths, len(self.mean), self.bands)
         images.dtype = self.dtype
         return images
 
 
-class LabelledImages(torch.utils.data.Dataset):
+class CenterCrops(torch.utils.data.Dataset):
     """Images for a backbone, the shorter side resized to 256/224 of its size, then cut to it at the centre.
 
     Args:
-        samples: paths and classes.
+        paths: of the images.
         backbone: whose size, mean, std, bands and type of pixels they get.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], backbone: Backbone):
-        self.labels, self.images = [label for _, label in samples], backbone.images(samples)
-        self.img_size, self.mean, self.std = backbone.img_size, backbone.mean, backbone.std
+    def __init__(self, paths: Sequence[str], backbone: Backbone):
+        self.images, self.img_size = backbone.images(paths), backbone.img_size
+        self.mean, self.std = backbone.mean, backbone.std
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        """Returns the normalised crop C x img_size x img_size, its class, and what is wrong.
+        """Returns the normalised crop C x img_size x img_size, `index`, and what is wrong.
 
         Of an unreadable image that is a crop of zeros, -1, and the reason.
         """
@@ -201,7 +340,11 @@ class LabelledImages(torch.utils.data.Dataset):
         except common.UnreadableImageError as error:
             return torch.zeros(len(self.mean), self.img_size, self.img_size), -1, str(error)
         x = common.to_float(crop, self.mean, self.std)
-        return common.normalize(x, self.mean, self.std, crop.dtype).contiguous(), self.labels[index], ""
+        return common.normalize(x, self.mean, self.std, crop.dtype).contiguous(), index, ""
+
+    def picture(self, index: int) -> Tensor:
+        """The crop of an image that is readable as red, green and blue in [0, 1]."""
+        return common.to_picture(self[index][0], self.mean, self.std, self.images.dtype)
 
     def crop(self, image: Tensor) -> Tensor:
         """The middle of the image C x H x W: C x img_size x img_size."""
@@ -228,17 +371,18 @@ class ImageStats(nn.Module):
 BASELINES = ("random", "image_stats")
 
 
-def prepare(args: argparse.Namespace, process: Process, train: list, drop_path: float = 0) -> list[Backbone]:
+def prepare(args: argparse.Namespace, process: Process, paths: Sequence[str],
+            drop_path: float = 0) -> list[Backbone]:
     """Builds and fills the backbone of each of --weights; a baseline takes after the first of the others.
 
-    Sets args.in_chans: as given, or as many as --bands, or as the first weights have, else 3. `train`: the
+    Sets args.in_chans: as given, or as many as --bands, or as the first weights have, else 3. `paths`: the
     training images, whose pixels are looked at.
     """
     sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
                if name not in BASELINES}
     borrowed = next((info for _, info in sources.values()), {})
     common.check_bands(args, len(borrowed.get("mean", common.IMAGENET_MEAN)))
-    samples = common.Samples([path for path, _ in train], args.in_chans, args.bands)
+    samples = common.Samples(paths, args.in_chans, args.bands)
     found = common.measure_pixels(samples, 32)
     if args.in_chans != 3 or found.dtype != torch.uint8:
         found = common.measure_pixels(samples)  # the values may serve
@@ -311,41 +455,45 @@ def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def extract_features(backbone: Backbone, dataset: torch.utils.data.Dataset, args: argparse.Namespace,
                      process: Process, may_lose: float = 0.01) -> tuple[Tensor, Tensor]:
-    """Features N x D (float32, unnormalised) and labels N of all images, in their order, in every process.
+    """Features M x D (float32, unnormalised) of the readable images, and their numbers M, in every process.
 
     The network goes to the device and into eval mode. Batches are dealt out to the processes whole, so each
     is the same whatever their number. Fails when more than the share `may_lose` of the images are
     unreadable, or a feature is not finite.
     """
-    index = torch.arange(len(dataset)).split(args.batch_size_per_gpu)
-    mine = [batch.tolist() for batch in index[process.rank :: process.world_size]]
+    batches = torch.arange(len(dataset)).split(args.batch_size_per_gpu)
+    mine = [batch.tolist() for batch in batches[process.rank :: process.world_size]]
     loader = torch.utils.data.DataLoader(
         dataset, batch_sampler=mine, num_workers=common.worker_count(args.num_workers),
         pin_memory=process.device.type == "cuda")
     model, autocast = backbone.model.to(process.device).eval(), common.autocast(args.amp, process.device)
-    features, labels, unreadable = [], [], []
+    own, unreadable = [], []
     quiet = not (process.is_main and sys.stderr.isatty())
-    for images, label, message in tqdm(loader, "features", leave=False, disable=quiet):
+    for images, numbers, message in tqdm(loader, "features", leave=False, disable=quiet):
         with autocast:
-            features.append(model(images.to(process.device, non_blocking=True)).float().cpu())
-        labels.append(label)
+            own.append((model(images.to(process.device, non_blocking=True)).float().cpu(), numbers))
         unreadable += filter(None, message)
     for message in unreadable:
         print(f"warning: unreadable, left out: {message}", file=sys.stderr)
-    parts = [list(zip(features, labels, strict=True))]
-    if process.world_size > 1:
-        parts = [None] * process.world_size
-        dist.all_gather_object(parts, list(zip(features, labels, strict=True)), group=process.cpu_group)
+    parts = gather(own, process)
     # Batch number i was the process i % world_size's next one.
-    batches = [parts[i % process.world_size][i // process.world_size] for i in range(len(index))]
-    features, labels = (torch.cat(column) for column in zip(*batches, strict=True))
-    lost = int((labels < 0).sum())
+    in_order = [parts[i % process.world_size][i // process.world_size] for i in range(len(batches))]
+    features, index = (torch.cat(column) for column in zip(*in_order, strict=True))
+    lost = int((index < 0).sum())
     if lost > may_lose * len(dataset) or lost == len(dataset):
         common.fail(f"{lost} of {len(dataset)} images are unreadable, more than {100 * may_lose:g} %", code=1)
-    features, labels = features[labels >= 0], labels[labels >= 0]
+    features, index = features[index >= 0], index[index >= 0]
     if not features.isfinite().all():
         common.fail("not all features are finite: damaged weights, or try --amp off", code=1)
-    return features, labels
+    return features, index
+
+
+def gather(own: object, process: Process) -> list:
+    """What each process has, in the order of their numbers."""
+    parts = [own] * process.world_size
+    if process.world_size > 1:
+        dist.all_gather_object(parts, own, group=process.cpu_group)
+    return parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -353,13 +501,13 @@ def extract_features(backbone: Backbone, dataset: torch.utils.data.Dataset, args
 # --------------------------------------------------------------------------------------------------
 
 
-def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int], temperature: float,
+def knn_predict(train: Tensor, labels: Tensor, test: Tensor, ks: list[int], temperature: float,
                 chunk_elements: int = 2**24) -> Tensor:
     """Predicted classes by weighted vote, for all k from one top-k.
 
     Args:
         train: N x D features of unit length.
-        train_labels: N class numbers.
+        labels: N class numbers, or N x C of 0 and 1.
         test: M x D features of unit length.
         ks: numbers of neighbours.
         temperature: tau; a vote weighs exp(cosine / tau), here divided by that of the nearest neighbour: the
@@ -367,19 +515,134 @@ def knn_predict(train: Tensor, train_labels: Tensor, test: Tensor, ks: list[int]
         chunk_elements: similarities held at once; bounds the memory.
 
     Returns:
-        len(ks) x M class numbers, in the order of `ks`.
+        M x len(ks) class numbers, in the order of `ks`; of N x C labels M x len(ks) x C, the share of the
+        vote that each class has.
     """
-    C, ascending = int(train_labels.max()) + 1, sorted(set(ks))
-    predictions = []
+    multi_label, ascending = labels.ndim == 2, sorted(set(ks))
+    C, predictions = labels.shape[1] if multi_label else int(labels.max()) + 1, []
     for chunk in test.split(max(1, chunk_elements // max(len(train), C))):
         similarity, neighbours = (chunk @ train.T).topk(ascending[-1], dim=1)  # m x k, the nearest first
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes, of_k, counted = torch.zeros(len(chunk), C, device=test.device), {}, 0
         for k in ascending:  # k's voters are those of the smaller k and the next ones
-            votes.scatter_add_(1, train_labels[neighbours[:, counted:k]], weights[:, counted:k])
-            of_k[k], counted = votes.argmax(1), k
-        predictions.append(torch.stack([of_k[k] for k in ks]))
-    return torch.cat(predictions, 1)
+            voters, weight = neighbours[:, counted:k], weights[:, counted:k]
+            if multi_label:
+                votes += torch.einsum("mk,mkc->mc", weight, labels[voters])
+                of_k[k] = votes / weights[:, :k].sum(1, keepdim=True)
+            else:
+                votes.scatter_add_(1, labels[voters], weight)
+                of_k[k] = votes.argmax(1)
+            counted = k
+        predictions.append(torch.stack([of_k[k] for k in ks], 1))
+    return torch.cat(predictions)
+
+
+# --------------------------------------------------------------------------------------------------
+# Figures and pictures
+# --------------------------------------------------------------------------------------------------
+
+
+def average_precision(scores: Tensor, positive: Tensor) -> float:
+    """Sum over thresholds of (recall - recall before) * precision; equal scores share one. N, N -> 0 to 1."""
+    scores, order = scores.sort(descending=True)
+    last = torch.ones_like(scores, dtype=torch.bool)  # of its score
+    last[:-1] = scores[1:] != scores[:-1]
+    hits = positive[order].double().cumsum(0)[last]
+    above = torch.arange(1, len(scores) + 1)[last]  # images at or above the threshold
+    return (hits.diff(prepend=hits.new_zeros(1)) * hits / above).sum().item() / hits[-1].item()
+
+
+def multi_label_figures(scores: Tensor, labels: Tensor) -> tuple[dict[str, float], list[float | None]]:
+    """Pooled over all images, in percent: average precision over all answers and as the mean over classes.
+
+    Args:
+        scores: M x C from 0 to 1; F1 takes those above .5 for a yes.
+        labels: M x C of 0 and 1.
+
+    Returns:
+        micro_ap; macro_ap, over the classes with an image; micro_f1; and the average precision of each class.
+    """
+    if not labels.any():
+        common.fail("--data_path: no test image has a label")
+    of_class = [100 * average_precision(s, y) if y.any() else None
+                for s, y in zip(scores.T, labels.T, strict=True)]
+    present = [value for value in of_class if value is not None]
+    yes, true = scores > 0.5, labels > 0
+    figures = {"micro_ap": 100 * average_precision(scores.flatten(), labels.flatten()),
+               "macro_ap": sum(present) / len(present),
+               "micro_f1": 200 * int((yes & true).sum()) / max(1, int(yes.sum() + true.sum()))}
+    return ({name: round(value, 3) for name, value in figures.items()},
+            [None if value is None else round(value, 3) for value in of_class])
+
+
+def effective_rank(features: Tensor) -> float:
+    """Exponential of the entropy of the singular values, which sum to 1, of N x D: from 1 to min(N, D).
+
+    RankMe: Q. Garrido et al., ICML 2023. Low where few directions carry all of the features.
+    """
+    share = torch.linalg.svdvals(features.float())
+    share = share / share.sum() + 1e-7
+    return math.exp(-(share * share.log()).sum())
+
+
+def nearest(x: Tensor, queries: list[int], N: int) -> list[list[int]]:
+    """Of each query its number, then those of the eight among the first N nearest to it, itself left out.
+
+    x: unit length, the first N images and maybe others x D.
+    """
+    similarity = x[queries] @ x[:N].T
+    similarity[torch.tensor(queries)[:, None] == torch.arange(N)] = -math.inf
+    found = similarity.topk(min(8, N - (min(queries) < N)), 1).indices.tolist()
+    return [[query, *row] for query, row in zip(queries, found, strict=True)]
+
+
+def save_neighbours(path: Path, rows: list[list[int]], images: CenterCrops, labels: Tensor | None) -> None:
+    """Writes a picture with a query in each row, and its nearest images.
+
+    With labels, for all `images`, the frame is green where one is the query's too, else red.
+    """
+    pictures = []
+    for query, *others in rows:
+        pictures.append([F.pad(images.picture(query), [4] * 4, value=1.0)])
+        for i in others:
+            framed = F.pad(images.picture(i), [4] * 4, value=1.0)
+            if labels is not None:
+                shared = labels[i] == labels[query] if labels.ndim == 1 else labels[i] * labels[query]
+                inside = F.pad(torch.ones_like(framed[:, 4:-4, 4:-4]), [4] * 4)
+                colour = torch.tensor(GREEN if shared.any() else RED).view(3, 1, 1)
+                framed = torch.where(inside > 0, framed, colour)
+            pictures[-1].append(framed)
+    common.save_grid(path, pictures, [0.0] * 3, [1.0] * 3)
+
+
+def map_colours(maps: Tensor) -> Tensor:
+    """The first three principal components over all positions of B x D x h x w, as colours B x 3 x h x w.
+
+    Each is spread over [0, 1], where 1 % at either end is cut off.
+    """
+    B, D, h, w = maps.shape
+    x = maps.permute(0, 2, 3, 1).reshape(-1, D)
+    x = x - x.mean(0)
+    axes = torch.linalg.svd(x, full_matrices=False).Vh[:3]  # 3 x D
+    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()  # the sign is free: fix it
+    x = x @ axes.T
+    low, high = x.quantile(0.01, 0), x.quantile(0.99, 0)
+    x = ((x - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
+    return F.pad(x, (0, 3 - len(axes))).view(B, h, w, 3).permute(0, 3, 1, 2)
+
+
+@torch.inference_mode()
+def save_features(path: Path, backbone: Backbone, images: CenterCrops, chosen: list[int],
+                  process: Process) -> None:
+    """Writes a picture of the chosen images, two a row, each beside the colours of its last map."""
+    batch = torch.stack([images[i][0] for i in chosen])
+    maps = backbone.model.forward_intermediates(
+        batch.to(process.device), indices=1, norm=True, intermediates_only=True)[-1]
+    colours = F.interpolate(map_colours(maps.float().cpu()), batch.shape[-2:])
+    pairs = zip(map(images.picture, chosen), colours, strict=True)
+    cells = [picture for pair in pairs for picture in pair]
+    width = 4 if len(chosen) % 2 == 0 else 2
+    common.save_grid(path, [cells[i : i + width] for i in range(0, len(cells), width)], [0.0] * 3, [1.0] * 3)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -396,29 +659,73 @@ def choose_ks(given: list[int] | None, N: int, images: str) -> list[int]:
     return given
 
 
-def evaluate(backbone: Backbone, train: list, test: list, C: int, args: argparse.Namespace,
-             process: Process) -> dict:
-    """Top-1 in percent for each k, and with --per_class that of each class at the first k."""
-    (train_x, train_y), (test_x, test_y) = (
-        extract_features(backbone, LabelledImages(part, backbone), args, process) for part in (train, test))
+def vote(x: Tensor, labels: Tensor, N: int, classes: list[str], args: argparse.Namespace,
+         process: Process) -> dict:
+    """Figures in percent for each k, and with --per_class those of each class at the first k.
+
+    Args:
+        x: features of unit length, of N training images, then of the test images.
+        labels: class numbers, or 0 and 1 for each class, of all of them.
+        N: training images.
+        classes: their names.
+        args: nb_knn, temperature, per_class.
+        process: has a share of the test images.
+    """
+    ks = choose_ks(args.nb_knn, N, "training images that are readable")
+    own, truth = x[N:][process.rank :: process.world_size], labels[N:]
+    parts = gather(knn_predict(*(tensor.to(process.device) for tensor in (x[:N], labels[:N], own)), ks,
+                               args.temperature).cpu(), process)
+    predicted = torch.empty(len(truth), *parts[0].shape[1:], dtype=parts[0].dtype)  # M x len(ks), or x C
+    for rank, part in enumerate(parts):
+        predicted[rank :: process.world_size] = part
+    result = {}
+    for i, k in enumerate(ks):
+        if labels.ndim == 2:
+            figures, of_class = multi_label_figures(predicted[:, i], truth)
+        else:
+            right = (predicted[:, i] == truth).double()
+            figures = {"top1": round(100 * right.mean().item(), 3)}
+            of_class = [right[truth == c] for c in range(len(classes))]
+            of_class = [round(100 * own.mean().item(), 3) if len(own) else None for own in of_class]
+        for name, value in figures.items():
+            result.setdefault(name, {})[str(k)] = value
+        if args.per_class and i == 0:
+            result["per_class"] = of_class
+    return result
+
+
+def evaluate(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str],
+             args: argparse.Namespace, process: Process, suffix: str) -> dict:
+    """Figures of a backbone; draws its pictures, whose names end with `suffix`.
+
+    Without test images they are the label-free ones alone.
+    """
+    images = CenterCrops([*train.paths, *test.paths], backbone)
+    x, index = extract_features(backbone, images, args, process)
+    labels = torch.cat([train.labels, test.labels])
+    N = int((index < len(train)).sum())  # training images that are readable; behind them those to test on
+    if N == 0 or N == len(x) and len(test):
+        common.fail("no training image, or no test image, is readable", code=1)
     if isinstance(backbone.model, ImageStats):
-        center, spread = center_and_spread(train_x)
-        train_x, test_x = (train_x - center) / spread, (test_x - center) / spread
-    ks = choose_ks(args.nb_knn, len(train_x), "training images that are readable")
-    train_x, test_x = F.normalize(train_x, dim=1).to(process.device), F.normalize(test_x, dim=1)
-    mine = slice(process.rank, None, process.world_size)  # this process's share of the test images
-    mine_x, mine_y = test_x[mine].to(process.device), test_y[mine]
-    predicted = knn_predict(train_x, train_y.to(process.device), mine_x, ks, args.temperature).cpu()
-    right = torch.stack([mine_y[row == mine_y].bincount(minlength=C) for row in predicted])  # len(ks) x C
-    if process.world_size > 1:
-        dist.all_reduce(right, group=process.cpu_group)
-    of_class = torch.bincount(test_y, minlength=C)
-    result = {"top1": {str(k): round(100 * count / len(test_y), 3)
-                       for k, count in zip(ks, right.sum(1).tolist(), strict=True)}}
-    if args.per_class:
-        result["per_class"] = [round(100 * hits / images, 3) if images else None
-                               for hits, images in zip(right[0].tolist(), of_class.tolist(), strict=True)]
-    return result | {"train_images": len(train_y), "test_images": len(test_y)}
+        center, spread = center_and_spread(x[:N])
+        x = (x - center) / spread
+    result = {"train_images": N, "test_images": len(x) - N} if classes else {"images": N}
+    if process.is_main:
+        some = x[: N : math.ceil(N / RANK_IMAGES)]
+        result |= {"effective_rank": round(effective_rank(some), 2),
+                   "feature_std": round(common.feature_std(some).item(), 4)}
+    x = F.normalize(x, dim=1)
+    if classes:
+        result = vote(x, labels[index], N, classes, args, process) | result
+    if process.is_main:
+        begin, count = (N, len(x) - N) if classes else (0, N)
+        queries = [begin + i * count // min(8, count) for i in range(min(8, count))]
+        rows = [index[row].tolist() for row in nearest(x, queries, N)]
+        out = Path(args.output_dir)
+        save_neighbours(out / f"neighbours{suffix}.png", rows, images, labels if classes else None)
+        if hasattr(backbone.model, "forward_intermediates"):  # image statistics have no maps
+            save_features(out / f"features{suffix}.png", backbone, images, [row[0] for row in rows], process)
+    return result
 
 
 def main() -> None:
@@ -431,19 +738,25 @@ def main() -> None:
     train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed, out,
                                              args.bands)
     common.check_alike(process, training_images=len(train), test_images=len(test))
+    if not classes and (args.nb_knn or args.per_class):
+        common.fail(f"--nb_knn, --per_class: {args.data_path} has neither class folders nor a labels.csv")
     ks = choose_ks(args.nb_knn, len(train), "training images")
-    if process.is_main and args.nb_knn is None and ks != NB_KNN:
+    if process.is_main and not classes:
+        print(f"{args.data_path} has neither class folders nor a labels.csv: label-free figures only")
+    elif process.is_main and args.nb_knn is None and ks != NB_KNN:
         left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
         print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
-    backbones = prepare(args, process, train)
+    backbones = prepare(args, process, train.paths)
 
     lines, versions = [], common.versions()
     for name, backbone in zip(args.weights, backbones, strict=True):
         began = time.perf_counter()
         if process.is_main:
             print(backbone.report, flush=True)
-        result = evaluate(backbone, train, test, len(classes), args, process)
-        lines.append({"task": "knn", "weights": name, "checkpoint_key": args.checkpoint_key,
+        suffix = f"_{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_.')}" if len(backbones) > 1 else ""
+        result = evaluate(backbone, train, test, classes, args, process, suffix)
+        lines.append({"task": "knn" if classes else "label-free", "weights": name,
+                      "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
                       "split": split, "in_chans": args.in_chans, "bands": args.bands,
                       "img_size": backbone.img_size, "temperature": args.temperature,
@@ -464,14 +777,21 @@ def append_result(out: Path, line: dict) -> None:
 
 
 def print_table(lines: list[dict], classes: list[str]) -> None:
-    """Top-1 in percent: a row for each of the weights, a column for each k, then the classes."""
+    """Figures in percent, a row for each of the weights and a column for each k; then the label-free ones."""
     width = max(len(line["weights"]) for line in lines)
-    print(f"\nkNN top-1 in %, {lines[0]['train_images']} training and {lines[0]['test_images']} test images, "
-          f"{len(classes)} classes (chance {100 / len(classes):.1f} %)")
-    print(" " * width + "".join(f"{'k ' + k:>9}" for k in lines[0]["top1"]))
+    tables = [(name, list(lines[0][name])) for name in FIGURES if name in lines[0]]
+    for name, ks in tables:
+        print(f"\nkNN {FIGURES[name]} in %, {lines[0]['train_images']} training and "
+              f"{lines[0]['test_images']} test images, {len(classes)} classes"
+              + f" (chance {100 / len(classes):.1f} %)" * (name == "top1"))
+        print(" " * width + "".join(f"{'k ' + k:>9}" for k in ks))
+        for line in lines:
+            print(f"{line['weights']:{width}}" + "".join(f"{line[name][k]:9.2f}" for k in ks))
+    print(f"\n{'':{width}}  effective rank  feature_std (of up to {RANK_IMAGES:,} images, without labels)")
     for line in lines:
-        print(f"{line['weights']:{width}}" + "".join(f"{value:9.2f}" for value in line["top1"].values()))
-    print_classes(f"per class at k {next(iter(lines[0]['top1']))}", lines, classes)
+        print(f"{line['weights']:{width}}{line['effective_rank']:16.1f}{line['feature_std']:13.3f}")
+    if tables:
+        print_classes(f"per class at k {tables[0][1][0]}", lines, classes)
 
 
 def print_classes(title: str, lines: list[dict], classes: list[str]) -> None:

@@ -27,13 +27,14 @@ head is trained for each, on 80 % of the training images of each class; the lear
 other 20 % trains a head on all of them; then the test images are looked at, once. A ViT's feature is the
 class tokens of its last `--n_last_blocks`, that of other nets the pooled last map. `--finetune` trains the
 backbone too, on all training images; the last epoch counts. With `--avgpool`, as MAE and CSPT do it, a ViT's
-feature is then its mean patch token behind a fresh norm. Images: as eval_knn.py takes them.
+feature is then its mean patch token behind a fresh norm. Images and labels: as eval_knn.py takes them.
 
 Differs from MAE's fine-tuning: without `--avgpool` a ViT's last norm has the learning rate of its last block,
 theirs that of the head.
 
-In OUT: results.jsonl gets a line for each of the weights, with top-1 and macro precision, recall and F1; of
-the first of them (but image_stats) there are head.pth, backbone/ and confusion.png (rows: true class,
+In OUT: results.jsonl gets a line for each of the weights and each --train_fraction, with top-1 and macro
+precision, recall and F1 (several labels: micro AP, macro AP, micro F1); of the first of the weights (but
+image_stats) and the largest fraction there are head.pth, backbone/ and confusion.png (rows: true class,
 columns: predicted). `--predict` writes predictions.csv.
 """
 
@@ -63,8 +64,10 @@ from torchvision.transforms.v2.functional import resized_crop
 import common
 import eval_knn
 from common import Process, not_negative, number, positive, unit
-from eval_knn import Backbone, ImageStats, LabelledImages, extract_features
+from eval_knn import Backbone, CenterCrops, ImageStats, Labelled, draw_share, extract_features
 
+FIGURES = {"top1": "top1", "macro_precision": "precision", "macro_recall": "recall", "macro_f1": "f1",
+           "micro_ap": "micro AP", "macro_ap": "macro AP", "micro_f1": "micro F1"}
 # Flags that may change between a fine-tuning and its continuation. All others make the result.
 FREE_FLAGS = common.FREE_FLAGS - {"checkpoint_key", "allow_partial"} | {"per_class"}
 HELD_OUT = 0.2  # of the training images of each class, to choose the learning rate on
@@ -72,7 +75,8 @@ FINETUNE_FLAGS = (
     "drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr warmup_epochs "
     "weight_decay layer_decay compile save_every save_minutes log_every max_steps tensorboard").split()
 FROZEN_FLAGS = "protocol augment_passes n_last_blocks lrs schedule batch_size".split()
-EVALUATION_FLAGS = "finetune avgpool checkpoint_key epochs per_class val_fraction split_seed".split()
+EVALUATION_FLAGS = (
+    "finetune avgpool checkpoint_key epochs per_class val_fraction split_seed train_fraction").split()
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
 
 # --------------------------------------------------------------------------------------------------
@@ -85,7 +89,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser, yes_no = common.build_parser(__doc__.splitlines()[0]), argparse.BooleanOptionalAction
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", help="class folders, or train/ and val/ (or test/) holding them")
+    add("--data_path", help="class folders, or train/ and val/ (or test/) holding them; or with a labels.csv")
     add("--predict", help="instead: classify this folder's images, with an --output_dir as --weights")
     eval_knn.add_split_flags(add)
 
@@ -114,6 +118,9 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=100, help="over the training images")
+    add("--train_fraction", type=number(float, lambda share: 0 < share <= 1, "above 0, at most 1"), nargs="+",
+        default=[1.0], help="share of the training images of each class to learn from, at least one, drawn "
+        "by --split_seed; several give a row each; .01 .1 1 is usual")
     add("--lrs", type=positive(float), nargs="+", default=LRS, help="frozen: to choose from, at a batch of "
         "256, scaled linearly; one: no choice")
     add("--schedule", type=positive(int), nargs="+", help="frozen: epochs when it falls to a tenth; default: "
@@ -159,6 +166,8 @@ def check_args(args: argparse.Namespace) -> None:
         common.fail(f"--weights {' '.join(args.weights)}: one at a time with --finetune and --predict")
     if args.finetune and args.weights == ["image_stats"]:
         common.fail("--weights image_stats: has nothing to fine-tune")
+    if args.finetune and len(args.train_fraction) > 1:
+        common.fail(f"--train_fraction {' '.join(map(str, args.train_fraction))}: one with --finetune")
     changed = changed_flags(args)
     useless, when = FINETUNE_FLAGS, "only with --finetune"
     if args.finetune:
@@ -184,15 +193,15 @@ def random_crop(image: Tensor, img_size: int) -> Tensor:
     return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
-class CropsOfPass(LabelledImages):
-    """As LabelledImages, with random crops, drawn from (seed, number of the pass, index) alone."""
+class CropsOfPass(CenterCrops):
+    """As CenterCrops, with random crops, drawn from (seed, number of the pass, index) alone."""
 
-    def __init__(self, samples: list[tuple[str, int]], backbone: Backbone, seed: int, number: int):
-        super().__init__(samples, backbone)
+    def __init__(self, paths: Sequence[str], backbone: Backbone, seed: int, number: int):
+        super().__init__(paths, backbone)
         self.seed, self.number = seed, number
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        """Returns the normalised crop, its class (-1: unreadable), and what is wrong."""
+        """Returns the normalised crop, `index` (-1: unreadable), and what is wrong."""
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "probe", self.number, index))
         return super().__getitem__(index)
 
@@ -202,17 +211,17 @@ class CropsOfPass(LabelledImages):
 
 
 class FinetuneImages(torch.utils.data.Dataset):
-    """A random crop, with RandAugment or not, and the class; drawn from (seed, epoch, index) alone.
+    """A random crop, with RandAugment or not, and its label or labels; drawn from (seed, epoch, index) alone.
 
     Args:
-        samples: paths and classes.
+        train: paths and labels.
         backbone: whose size, bands and type of pixels they get.
         rand_augment: strength of RandAugment's two operations, from 0 (none) to 10.
         seed: of the run.
     """
 
-    def __init__(self, samples: list[tuple[str, int]], backbone: Backbone, rand_augment: float, seed: int):
-        self.labels, self.images = [label for _, label in samples], backbone.images(samples)
+    def __init__(self, train: Labelled, backbone: Backbone, rand_augment: float, seed: int):
+        self.labels, self.images = train.labels, backbone.images(train.paths)
         self.img_size, self.seed, self.augment = backbone.img_size, seed, None
         if rand_augment:
             fill = [127.0] * len(backbone.mean)
@@ -221,8 +230,8 @@ class FinetuneImages(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
-        """Returns the crop C x img_size x img_size, of the file's type, and its class."""
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Returns the crop C x img_size x img_size, of the file's type, and its row of the labels."""
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "finetune", epoch, index))
         crop = random_crop(self.images[index], self.img_size)
@@ -234,14 +243,18 @@ class FinetuneImages(torch.utils.data.Dataset):
 def erase_and_mix(images: Tensor, targets: Tensor, C: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Boxes of noise in images B x bands x H x W, then mixup or cutmix of the batch, as args ask for.
 
-    Targets are B classes; those of mixed images come back as B x C shares.
+    Targets are B classes, or B x C of 0 and 1; those of mixed images come back as B x C shares.
     """
     if args.erase:
         erase = RandomErasing(args.erase, value="random")
         images = torch.stack([erase(image) for image in images])
-    kinds = ((MixUp, args.mixup), (CutMix, args.cutmix))
-    mixes = [kind(alpha=alpha, num_classes=C) for kind, alpha in kinds if alpha]
-    return RandomChoice(mixes)(images, targets) if mixes else (images, targets)
+    B, kinds = len(images), ((MixUp, args.mixup), (CutMix, args.cutmix))
+    mixes = [kind(alpha=alpha, num_classes=B) for kind, alpha in kinds if alpha]
+    if not mixes:
+        return images, targets
+    images, shares = RandomChoice(mixes)(images, torch.arange(B, device=images.device))
+    targets = F.one_hot(targets, C) if targets.ndim == 1 else targets
+    return images, shares @ targets.float()  # B x B: how much of which image
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,7 +322,7 @@ def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Ten
 
     Args:
         features_at: epoch -> N x D features.
-        labels: N classes.
+        labels: N classes, or N x C of 0 and 1.
         index: numbers of the images to train on.
         C: classes.
         lrs: L learning rates, at a batch of 256.
@@ -336,25 +349,18 @@ def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Ten
             else:
                 now = 0.1 ** sum(epoch >= milestone for milestone in args.schedule)
             logits = torch.einsum("bd,lcd->blc", x[batch], W) + b
-            targets = labels[batch].unsqueeze(1).expand(-1, L)
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(batch)
+            if labels.ndim == 2:
+                targets = labels[batch].unsqueeze(1).expand(-1, L, -1)
+                loss = L * F.binary_cross_entropy_with_logits(logits, targets)  # a mean over B, L and C
+            else:
+                targets = labels[batch].unsqueeze(1).expand(-1, L)
+                loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / len(batch)
             gradients = torch.autograd.grad(loss, heads)
             with torch.no_grad():
                 for head, momentum, gradient in zip(heads, momenta, gradients, strict=True):
                     momentum.mul_(0.9).add_(gradient)
                     head.sub_(now * lr.view(-1, *[1] * (head.ndim - 1)) * momentum)  # its own rate for each
     return W.detach(), b.detach()
-
-
-def held_out(labels: Tensor, fraction: float, seed: int) -> Tensor:
-    """True for a share of each class (at least one of two images), drawn from `seed`: N labels -> N."""
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        members = (labels == label).nonzero().flatten()
-        order = torch.randperm(len(members), generator=common.generator(seed, "held out", label))
-        count = max(1, round(fraction * len(members))) if len(members) > 1 else 0
-        mask[members[order[:count]]] = True
-    return mask
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,6 +385,15 @@ def metrics(confusion: Tensor) -> dict[str, float]:
     figures |= {f"macro_{name}": value[images > 0].mean()
                 for name, value in (("precision", precision), ("recall", recall), ("f1", f1))}
     return {name: round(100 * value.item(), 3) for name, value in figures.items()}
+
+
+def figures_of(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], list[float | None]]:
+    """Figures in percent of M x C logits, and that of each class: its accuracy, or its average precision."""
+    if labels.ndim == 2:
+        return eval_knn.multi_label_figures(logits.sigmoid(), labels)
+    confusion = confusion_matrix(labels, logits.argmax(1), logits.shape[1])
+    share = 100 * confusion.diag() / confusion.sum(1)
+    return metrics(confusion), [None if math.isnan(x) else round(x, 3) for x in share.tolist()]
 
 
 def save_confusion(path: Path, confusion: Tensor, classes: list[str]) -> None:
@@ -408,19 +423,20 @@ class TrainingFeatures:
 
     Attributes:
         x: N x D, of centre crops, on the device; image statistics are standardised.
-        labels: N, on the device.
+        index: N, numbers of the images, which are readable.
+        labels: N or N x C, on the device.
     """
 
-    def __init__(self, backbone: Backbone, samples: list, args: argparse.Namespace, process: Process):
-        self.backbone, self.samples, self.args, self.process = backbone, samples, args, process
+    def __init__(self, backbone: Backbone, train: Labelled, args: argparse.Namespace, process: Process):
+        self.backbone, self.paths, self.args, self.process = backbone, train.paths, args, process
         # Passes over random crops; 0: heads learn from the centre crops.
         self.K = args.epochs if args.protocol == "paper" else args.augment_passes
         self.passes = {}
-        x, labels = extract_features(backbone, LabelledImages(samples, backbone), args, process)
+        x, self.index = extract_features(backbone, CenterCrops(train.paths, backbone), args, process)
         self.center, self.spread = (0, 1)
         if isinstance(backbone.model, ImageStats):
             self.center, self.spread = eval_knn.center_and_spread(x)
-        self.x, self.labels = self.standardise(x), labels.clone().to(process.device)
+        self.x, self.labels = self.standardise(x), train.labels[self.index].to(process.device)
 
     def standardise(self, x: Tensor) -> Tensor:
         """Features of any images, N x D, as heads take them; on the device."""
@@ -434,46 +450,66 @@ class TrainingFeatures:
         if number not in self.passes:
             if self.args.protocol == "paper":
                 self.passes.clear()  # each serves one epoch
-            crops = CropsOfPass(self.samples, self.backbone, self.args.seed, number)
-            x, labels = extract_features(self.backbone, crops, self.args, self.process)
-            if not torch.equal(labels, self.labels.cpu()):
+            crops = CropsOfPass(self.paths, self.backbone, self.args.seed, number)
+            x, index = extract_features(self.backbone, crops, self.args, self.process)
+            if not torch.equal(index, self.index):
                 common.fail("other images are readable than before", code=1)
             self.passes[number] = self.standardise(x)
         return self.passes[number]
 
 
-def choose_lr(features: TrainingFeatures, C: int, args: argparse.Namespace) -> tuple[float, dict]:
-    """The rate of --lrs whose head is best on a part of the training images, and figures for the results."""
-    held = held_out(features.labels.cpu(), HELD_OUT, args.split_seed).to(features.labels.device)
+def held_out(labels: Tensor, split_seed: int) -> Tensor:
+    """True for the images, N, of which the learning rate is chosen; fails where there are none."""
+    held = draw_share(labels, HELD_OUT, split_seed, "held out")
     if not held.any():
         common.fail("--lrs: one image of each class is too few to choose among several; give one")
-    W, b = train_heads(features.at, features.labels, (~held).nonzero().flatten(), C, args.lrs, args)
-    predicted = (torch.einsum("nd,lcd->lnc", features.x[held], W) + b.unsqueeze(1)).argmax(-1)  # L x N
-    top1 = 100 * (predicted == features.labels[held]).cpu().double().mean(1)  # mps has no double
-    lr = args.lrs[int(top1.argmax())]
+    return held
+
+
+def choose_lr(features: TrainingFeatures, index: Tensor, C: int,
+              args: argparse.Namespace) -> tuple[float, dict]:
+    """The rate of --lrs whose head is best on a part of the images `index`, and figures for the results."""
+    held = held_out(features.labels[index].cpu(), args.split_seed).to(index.device)
+    W, b = train_heads(features.at, features.labels, index[~held], C, args.lrs, args)
+    logits = torch.einsum("nd,lcd->lnc", features.x[index[held]], W) + b.unsqueeze(1)  # L x N x C
+    truth = features.labels[index[held]].cpu()
+    name = "micro_ap" if truth.ndim == 2 else "top1"
+    found = [figures_of(of_lr.cpu(), truth)[0][name] for of_lr in logits]
+    lr = args.lrs[max(range(len(found)), key=found.__getitem__)]
     if features.process.is_main and lr in (min(args.lrs), max(args.lrs)):
         print(f"warning: the best learning rate, {lr:g}, is at the end of --lrs", file=sys.stderr)
-    of_lr = {f"{lr:g}": round(value, 3) for lr, value in zip(args.lrs, top1.tolist(), strict=True)}
-    return lr, {"held_out_images": int(held.sum()), "held_out_top1": of_lr}
+    of_lr = {f"{lr:g}": value for lr, value in zip(args.lrs, found, strict=True)}
+    return lr, {"held_out_images": int(held.sum()), f"held_out_{name}": of_lr}
 
 
-def probe(backbone: Backbone, train: list, test: list, C: int, args: argparse.Namespace,
-          process: Process) -> tuple[dict, Tensor, tuple[Tensor, Tensor]]:
-    """Trains heads on frozen features, and looks at the test images once.
+def probe(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str], args: argparse.Namespace,
+          process: Process) -> list[tuple[dict, Tensor, Tensor, tuple[Tensor, Tensor]]]:
+    """Trains heads on frozen features, for each --train_fraction, and looks at the test images once.
 
     Returns:
-        results, confusion matrix of the test images, weight C x D and bias C of the head.
+        of each fraction: results, logits M x C and labels of the test images, weight C x D and bias C of the
+        head.
     """
+    C, shares = len(classes), [fraction_of(train, share, classes, args) for share in args.train_fraction]
     features = TrainingFeatures(backbone, train, args, process)
-    test_x, test_labels = extract_features(backbone, LabelledImages(test, backbone), args, process)
-    lr, choice = choose_lr(features, C, args) if len(args.lrs) > 1 else (args.lrs[0], {})
-    everything = torch.arange(len(features.labels), device=process.device)
-    W, b = train_heads(features.at, features.labels, everything, C, [lr], args)
-    if not W.isfinite().all():
-        common.fail(f"--lrs {lr:g}: the head's weights are not finite; take a smaller one", code=1)
-    predicted = (features.standardise(test_x) @ W[0].T + b[0]).argmax(1).cpu()
-    result = {"lr": lr, **choice, "train_images": len(everything), "test_images": len(test_x)}
-    return result, confusion_matrix(test_labels, predicted, C), (W[0].cpu(), b[0].cpu())
+    test_x, test_index = extract_features(backbone, CenterCrops(test.paths, backbone), args, process)
+    done = []
+    for share, mask in zip(args.train_fraction, shares, strict=True):
+        index = mask[features.index].nonzero().flatten().to(process.device)
+        lr, choice = choose_lr(features, index, C, args) if len(args.lrs) > 1 else (args.lrs[0], {})
+        W, b = train_heads(features.at, features.labels, index, C, [lr], args)
+        if not W.isfinite().all():
+            common.fail(f"--lrs {lr:g}: the head's weights are not finite; take a smaller one", code=1)
+        logits = (features.standardise(test_x) @ W[0].T + b[0]).cpu()
+        result = {"train_fraction": share, "lr": lr, **choice, "train_images": len(index),
+                  "test_images": len(test_x)}
+        done.append((result, logits, test.labels[test_index], (W[0].cpu(), b[0].cpu())))
+    return done
+
+
+def fraction_of(train: Labelled, share: float, classes: list[str], args: argparse.Namespace) -> Tensor:
+    """True for the images of a --train_fraction, N; a smaller one is a part of a larger."""
+    return draw_share(train.labels, share, args.split_seed, "fraction", names=classes, may_be_all=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -481,12 +517,15 @@ def probe(backbone: Backbone, train: list, test: list, C: int, args: argparse.Na
 # --------------------------------------------------------------------------------------------------
 
 
-def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, process: Process) -> bool:
+def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespace, process: Process) -> bool:
     """Trains backbone and head, a timm model of C classes, in place; True when all epochs are done."""
     # Data
     if args.rand_augment and (len(backbone.mean) not in (1, 3) or backbone.dtype != torch.uint8):
         common.fail(f"--rand_augment {args.rand_augment:g}: only for 8-bit images of 1 or 3 bands, these are "
                     f"{str(backbone.dtype).removeprefix('torch.')} of {len(backbone.mean)}")
+    multi_label = train.labels.ndim == 2
+    if args.smoothing and multi_label:
+        common.fail(f"--smoothing {args.smoothing:g}: only where each image has one label")
     run = common.Run(args, process, samples=len(train), images=len(train), free_flags=FREE_FLAGS)
 
     # Network
@@ -511,7 +550,7 @@ def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, 
         terms = []
 
         for micro in range(args.accum_steps):
-            crops, targets = run.fetch()  # B x bands x H x W, B
+            crops, targets = run.fetch()  # B x bands x H x W, B or B x C
             images = common.to_float(crops, backbone.mean, backbone.std)
             images = common.normalize(images, backbone.mean, backbone.std, crops.dtype)
             # The draws of erasing, mixing and drop path.
@@ -520,7 +559,10 @@ def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, 
             with common.accumulating(network, micro, args.accum_steps):
                 with run.autocast:
                     logits = network(images)  # B x C
-                loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
+                if multi_label:
+                    loss = F.binary_cross_entropy_with_logits(logits.float(), targets)
+                else:
+                    loss = F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
                 scaler.scale(loss / args.accum_steps).backward()
             terms.append({"loss": loss.detach()})
 
@@ -535,13 +577,14 @@ def finetune(backbone: Backbone, train: list, C: int, args: argparse.Namespace, 
     return finished and not run.stopped
 
 
-def run_finetune(backbone: Backbone, train: list, test: list, C: int, args: argparse.Namespace,
-                 process: Process) -> tuple[dict, Tensor, tuple[Tensor, Tensor]] | None:
+def run_finetune(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str],
+                 args: argparse.Namespace, process: Process) -> list[tuple]:
     """Gives the backbone a head, trains both, looks at the test images once, takes the head off again.
 
     Returns:
-        results, confusion matrix, weight and bias of the head; None when it was stopped before the end.
+        a list of what `probe` returns; an empty one when it was stopped before the end.
     """
+    C, train = len(classes), train.part(fraction_of(train, args.train_fraction[0], classes, args))
     model = backbone.model
     if args.avgpool:
         backbone.report += use_patch_tokens(model)
@@ -553,12 +596,13 @@ def run_finetune(backbone: Backbone, train: list, test: list, C: int, args: argp
     nn.init.normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     if not finetune(backbone, train, C, args, process):
-        return None
-    logits, labels = extract_features(backbone, LabelledImages(test, backbone), args, process)
-    result = {"lr": args.lr, "train_images": len(train), "test_images": len(labels)}
+        return []
+    logits, index = extract_features(backbone, CenterCrops(test.paths, backbone), args, process)
+    result = {"train_fraction": args.train_fraction[0], "lr": args.lr, "train_images": len(train),
+              "test_images": len(index)}
     weights = head.weight.detach().cpu(), head.bias.detach().cpu()
     model.cpu().reset_classifier(0)
-    return result, confusion_matrix(labels, logits.argmax(1), C), weights
+    return [(result, logits, test.labels[index], weights)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -567,7 +611,10 @@ def run_finetune(backbone: Backbone, train: list, test: list, C: int, args: argp
 
 
 def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
-    """Writes predictions.csv: path, class and its probability, for each readable image of the folder."""
+    """Writes predictions.csv, a row for each readable image of the folder: path, class, its probability.
+
+    Of a multi-label head: path, labels above a probability of .5, joined by |, and that of each.
+    """
     source = Path(args.weights[0])
     if not (source / "head.pth").is_file():
         common.fail(f"--weights {source}: no head.pth in it; give the --output_dir of a run of this script")
@@ -586,19 +633,24 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     backbone = eval_knn.build(name, state, info, info["mean"], info["std"], dtype, args)
     if head["n_last_blocks"]:
         backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
-    paths = common.list_images(args.predict, flag="--predict", bands=args.bands)
+    paths = common.list_images(args.predict, out, flag="--predict", bands=args.bands)
     common.check_alike(process, images=len(paths))
     if process.is_main:
         print(backbone.report)
-    samples = [(path, i) for i, path in enumerate(paths)]
-    x, index = extract_features(backbone, LabelledImages(samples, backbone), args, process, may_lose=1.0)
-    probability, label = (x @ head["weight"].T + head["bias"]).softmax(1).max(1)
+    x, index = extract_features(backbone, CenterCrops(paths, backbone), args, process, may_lose=1.0)
+    logits, classes = x @ head["weight"].T + head["bias"], head["classes"]
     if process.is_main:
         text = io.StringIO()
         writer = csv.writer(text)
-        writer.writerow(["path", "class", "probability"])
-        for i, p, c in zip(index.tolist(), probability.tolist(), label.tolist(), strict=True):
-            writer.writerow([paths[i], head["classes"][c], f"{p:.4f}"])
+        if head.get("multi_label"):
+            writer.writerow(["path", "labels", *classes])
+            for i, row in zip(index.tolist(), logits.sigmoid().tolist(), strict=True):
+                labels = "|".join(name for name, p in zip(classes, row, strict=True) if p > 0.5)
+                writer.writerow([paths[i], labels, *(f"{p:.4f}" for p in row)])
+        else:
+            writer.writerow(["path", "class", "probability"])
+            for i, row in zip(index.tolist(), logits.softmax(1), strict=True):
+                writer.writerow([paths[i], classes[row.argmax()], f"{row.max():.4f}"])
         data = text.getvalue().encode(errors="surrogateescape")  # a file's name may be any bytes
         common.write_atomically(out / "predictions.csv", lambda file: file.write(data))
         print(f"{len(index)} of {len(paths)} images classified: {out / 'predictions.csv'}")
@@ -612,25 +664,27 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
 def print_table(lines: list[dict], classes: list[str]) -> None:
     """A row for each of the weights, and the classes' own top-1 where asked for."""
     width = max(len(line["weights"]) for line in lines)
-    task, train, test = (lines[0][name] for name in ("task", "train_images", "test_images"))
-    print(f"\n{task}: % of {test} test images, {train} training images, {len(classes)} classes "
-          f"(chance {100 / len(classes):.1f} %)")
-    names = ("top1", "macro_precision", "macro_recall", "macro_f1")
-    print(" " * width + "".join(f"{name.removeprefix('macro_'):>11}" for name in names) + f"{'lr':>9}")
+    task, test = lines[0]["task"], lines[0]["test_images"]
+    train = max(line["train_images"] for line in lines)
+    print(f"\n{task}: % of {test} test images, {train} training images, {len(classes)} classes"
+          + f" (chance {100 / len(classes):.1f} %)" * ("top1" in lines[0]))
+    names = [name for name in FIGURES if name in lines[0]]
+    print(f"{'':{width}}{'labels':>9}" + "".join(f"{FIGURES[name]:>11}" for name in names) + f"{'lr':>9}")
     for line in lines:
-        print(f"{line['weights']:{width}}" + "".join(f"{line[name]:11.2f}" for name in names)
-              + f"{line['lr']:9g}")
-    eval_knn.print_classes("top-1 of each class", lines, classes)
+        print(f"{line['weights']:{width}}{100 * line['train_fraction']:7g} %"
+              + "".join(f"{line[name]:11.2f}" for name in names) + f"{line['lr']:9g}")
+    eval_knn.print_classes(f"{FIGURES[names[0]]} of each class", lines, classes)
 
 
 def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple[Tensor, Tensor],
-              classes: list[str]) -> None:
+              classes: list[str], multi_label: bool) -> None:
     """Writes what --predict reads: backbone/, and head.pth with weight C x D and bias C.
 
     `features` is the model whose features the head takes: the backbone's own, or LastBlocks of it.
     """
-    head = {"weight": weights[0], "bias": weights[1], "classes": classes, "img_size": backbone.img_size,
-            "bands": backbone.bands, "dtype": str(backbone.dtype).removeprefix("torch."),
+    head = {"weight": weights[0], "bias": weights[1], "classes": classes,
+            "multi_label": multi_label, "img_size": backbone.img_size, "bands": backbone.bands,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
             "n_last_blocks": getattr(features, "n_last_blocks", 0),
             "avgpool": getattr(features, "avgpool", False)}
     size = backbone.model.built_for  # of a ViT: that of its positions
@@ -643,13 +697,17 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     train, test, classes, split = eval_knn.load_split(args.data_path, args.val_fraction,
                                                       args.split_seed, out, args.bands)
     common.check_alike(process, training_images=len(train), test_images=len(test))
-    backbones = eval_knn.prepare(args, process, train, args.drop_path)
+    if not classes:
+        common.fail(f"--data_path {args.data_path}: neither class folders nor a labels.csv")
+    if not args.finetune and len(args.lrs) > 1:  # before any work
+        held_out(train.labels[fraction_of(train, min(args.train_fraction), classes, args)], args.split_seed)
+    backbones = eval_knn.prepare(args, process, train.paths, args.drop_path)
 
     lines, versions, task = [], common.versions(), f"linear, {args.protocol}"
     # Of the free flags these may change figures a little.
     free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps", "compile"}
     free |= {"weights", "checkpoint_key", "arch", "img_size", "in_chans", "bands", "split_seed", "seed",
-             "finetune"}
+             "finetune", "train_fraction"}
     settings = {name: value for name, value in changed_flags(args).items() if name not in free}
     kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
     if args.finetune:  # what a checkpoint has to say of its network
@@ -665,26 +723,24 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
         began = time.perf_counter()
         if process.is_main and not args.finetune:  # which prints it, or where it resumes
             print(backbone.report, flush=True)
-        done = measure(model, train, test, len(classes), args, process)
-        if done is None:
-            return
-        result, confusion, head = done
-        figures = metrics(confusion)
-        if args.per_class:
-            share = 100 * confusion.diag() / confusion.sum(1)
-            figures["per_class"] = [None if math.isnan(x) else round(x, 3) for x in share.tolist()]
-        if process.is_main and name == kept:
-            save_confusion(out / "confusion.png", confusion, classes)
-            save_head(out, backbone, model.model, head, classes)
-        lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key,
-                      "arch": backbone.arch, "data": args.data_path, "split": split,
-                      "in_chans": args.in_chans, "bands": args.bands, "img_size": backbone.img_size,
-                      "seed": args.seed, "settings": settings,
-                      "loading": backbone.report, **result, **figures,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
-        if process.is_main:
-            eval_knn.append_result(out, lines[-1])
-    if process.is_main:
+        for result, logits, labels, head in measure(model, train, test, classes, args, process):
+            figures, of_class = figures_of(logits, labels)
+            if args.per_class:
+                figures["per_class"] = of_class
+            if process.is_main and name == kept and result["train_fraction"] == max(args.train_fraction):
+                save_head(out, backbone, model.model, head, classes, labels.ndim == 2)
+                if labels.ndim == 1:
+                    confusion = confusion_matrix(labels, logits.argmax(1), len(classes))
+                    save_confusion(out / "confusion.png", confusion, classes)
+            lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key,
+                          "arch": backbone.arch, "data": args.data_path, "split": split,
+                          "in_chans": args.in_chans, "bands": args.bands, "img_size": backbone.img_size,
+                          "seed": args.seed, "settings": settings,
+                          "loading": backbone.report, **result, **figures,
+                          "seconds": round(time.perf_counter() - began, 1), "versions": versions})
+            if process.is_main:
+                eval_knn.append_result(out, lines[-1])
+    if process.is_main and lines:  # none of a fine-tuning that was stopped
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)))
 

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import re
+import resource
 import shutil
 
 import pytest
@@ -30,6 +31,23 @@ def test_help_lists_every_flag(run, capsys, script):
 def test_help_of_a_script_started_as_users_do():
     out, err = launch("demo/scenes.py", "--help").communicate(timeout=120)
     assert "--output_dir" in out and "--seed" in out and not err
+
+
+SHORT_OF = {
+    "eval_linear --finetune --batch_size_per_gpu 1": "BatchNorm needs two images or more",
+    "eval_knn --num_workers 8": "too many open files: raise `ulimit -n`, or give fewer --num_workers",
+}
+
+
+@pytest.mark.parametrize("command", SHORT_OF)
+def test_what_the_machine_or_the_batch_lacks_is_told_without_a_traceback(scenes, tmp_path, command):
+    script, *flags = command.split()
+    flags += ["--data_path", scenes, "--output_dir", tmp_path, "--weights", "random", "--img_size", 32]
+    process = launch(f"{script}.py", *flags, "--arch", "test_resnet", "--device", "cpu")
+    if script == "eval_knn":  # on Linux
+        resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (40, 40))
+    _, error = process.communicate(timeout=120)
+    assert SHORT_OF[command] in error and "Traceback" not in error and process.returncode == 1, error
 
 
 def example(action):
@@ -249,8 +267,8 @@ def refused(run, capsys, script, flags, message, code=2):
 BAD_EVALUATION = [
     (["--nb_knn", "31"], "--nb_knn 31: must be from 1 to the number of training images, 30"),
     (["--data_path", "/nonexistent"], "no such folder"),
-    (["--data_path", "EMPTY"], "has 0 class folders"),
-    (["--data_path", "SPLITS"], "SPLITS holds Test, training, no classes; call them train and val"),
+    (["--data_path", "EMPTY"], "no image in it"),
+    (["--data_path", "SPLITS"], "SPLITS: holds Test, training; call them train and val (or test)"),
     (["--weights", "random"], "--weights random: give its --arch"),
     (["--weights", "RESNET", "--arch", "test_resnet"], "another arch?"),
     (["--weights", "RESNET"], "give its --arch"),

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from conftest import assert_same, assert_same_state, warm_cosine
 from PIL import Image
-from test_eval_knn import PIXELS, write_tiles
+from test_eval_knn import PIXELS, write_multi_label, write_tiles
 
 import common
 import eval_knn
 import eval_linear
 from common import Process
-from eval_knn import Backbone
+from eval_knn import Backbone, Labelled
 
 ALONE = Process(0, 1, torch.device("cpu"), None)
 
@@ -44,10 +44,13 @@ def heads_of(x, labels, index, lrs, *flags):
     return eval_linear.train_heads(lambda _: x, labels, index, 4, lrs, args)
 
 
-@pytest.mark.parametrize("schedule", [None, [2, 3]])
-def test_heads_trained_at_once_equal_torchs_sgd_one_by_one(schedule):
+@pytest.mark.parametrize("schedule, multi_label", [(None, False), ([2, 3], False), (None, True)])
+def test_heads_trained_at_once_equal_torchs_sgd_one_by_one(schedule, multi_label):
     """Each of the batched heads is what torch.optim.SGD makes of one head, with the same batches."""
     x, labels, index = head_data()
+    loss_of = F.cross_entropy
+    if multi_label:
+        labels, loss_of = (rand(50, 4, seed=2) > 0.3).float(), torch.nn.BCEWithLogitsLoss()
     index, lrs, epochs = index[5:], [0.01, 0.3, 2.0], 4
     flags = ["--epochs", epochs, "--seed", 3, *(["--schedule", *schedule] if schedule else [])]
     W, b = heads_of(x, labels, index, [lr * 256 / 16 for lr in lrs], *flags)
@@ -69,7 +72,7 @@ def test_heads_trained_at_once_equal_torchs_sgd_one_by_one(schedule):
                 optimizer.param_groups[0]["lr"] = now
                 batch = shuffled[first : first + 16]
                 optimizer.zero_grad()
-                F.cross_entropy(head(x[batch]), labels[batch]).backward()
+                loss_of(head(x[batch]), labels[batch]).backward()
                 optimizer.step()
                 step += 1
         torch.testing.assert_close(W[i], head.weight.data, atol=1e-5, rtol=1e-4)
@@ -95,10 +98,10 @@ def test_heads_learn_from_the_images_of_their_index_alone():
 
 def test_held_out_part_is_stratified_and_repeatable():
     labels = torch.tensor([0] * 10 + [1] * 5 + [2] * 2 + [3])
-    mask = eval_linear.held_out(labels, 0.2, 0)
+    mask = eval_linear.held_out(labels, 0)
     assert [int(mask[labels == c].sum()) for c in range(4)] == [2, 1, 1, 0]
-    assert torch.equal(mask, eval_linear.held_out(labels, 0.2, 0))
-    assert any(not torch.equal(mask, eval_linear.held_out(labels, 0.2, seed)) for seed in range(1, 9))
+    assert torch.equal(mask, eval_linear.held_out(labels, 0))
+    assert any(not torch.equal(mask, eval_linear.held_out(labels, seed)) for seed in range(1, 9))
 
 
 # ------------------------------------------------------------------ figures
@@ -164,7 +167,8 @@ def test_vit_features_are_normed_class_tokens_of_the_last_blocks(n, avgpool):
 def probe(scenes, model, *flags, test=None):
     args = make_args("--epochs", 5, "--batch_size", 8, *flags)
     train, own_test, classes, _ = eval_knn.load_split(str(scenes), 0.2, 0)
-    return eval_linear.probe(backbone_of(model), train, test or own_test, len(classes), args, ALONE)
+    (done,) = eval_linear.probe(backbone_of(model), train, test or own_test, classes, args, ALONE)
+    return done
 
 
 def resnet():
@@ -182,13 +186,13 @@ def test_backbone_stays_as_it_is(scenes):
 def test_learning_rate_is_chosen_without_the_test_images(scenes):
     """With other labels, or other images, in the test part the choice and the head are the same."""
     test = eval_knn.load_split(str(scenes), 0.2, 0)[1]
-    wrong = [(path, (label + 3) % 10) for path, label in test]
-    results = [probe(scenes, resnet(), test=part) for part in (test, wrong, test[:4])]
+    wrong, few = Labelled(test.paths, (test.labels + 3) % 10), test.part(torch.arange(20) < 4)
+    results = [probe(scenes, resnet(), test=part) for part in (test, wrong, few)]
     first = results[0]
-    for result, _, head in results:
+    for result, _, _, head in results:
         assert (result["lr"], result["held_out_top1"]) == (first[0]["lr"], first[0]["held_out_top1"])
-        assert_same(list(head), list(first[2]))
-    assert not torch.equal(results[0][1], results[1][1])
+        assert_same(list(head), list(first[3]))
+    assert not torch.equal(results[0][2], results[1][2]) and len(results[2][2]) == 4
     assert first[0]["held_out_images"] == 10 and first[0]["train_images"] == 30
     best = max(first[0]["held_out_top1"].values())
     assert first[0]["held_out_top1"][f"{first[0]['lr']:g}"] == best
@@ -205,20 +209,21 @@ def test_heads_to_choose_from_do_not_see_the_held_out_images(scenes, monkeypatch
     monkeypatch.setattr(eval_linear, "train_heads", noting)
     probe(scenes, resnet(), "--lrs", 1, 10)
     (choosing, labels), (everything, _) = trained_on
-    held = eval_linear.held_out(labels, eval_linear.HELD_OUT, 0)
+    held = eval_linear.held_out(labels, 0)
     assert torch.equal(choosing, (~held).nonzero().flatten()) and held.sum() == 10
     assert torch.equal(everything, torch.arange(30))
 
 
 def test_head_of_the_chosen_rate_is_trained_on_all_images(scenes):
-    result, confusion, (weight, bias) = probe(scenes, resnet(), "--lrs", 1, 10, "--batch_size", 8)
+    result, logits, _, (weight, bias) = probe(scenes, resnet(), "--lrs", 1, 10, "--batch_size", 8)
     again = probe(scenes, resnet(), "--lrs", result["lr"], "--batch_size", 8)
-    assert_same([weight, bias], list(again[2]))
-    assert "held_out_top1" not in again[0] and torch.equal(confusion, again[1])
+    assert_same([weight, bias], list(again[3]))
+    assert "held_out_top1" not in again[0] and torch.equal(logits, again[1])
     # its rate is scaled by the batch
     args = make_args("--epochs", 5, "--batch_size", 256)
-    dataset = eval_knn.LabelledImages(eval_knn.load_split(str(scenes), 0.2, 0)[0], backbone_of(None))
-    x, y = eval_knn.extract_features(backbone_of(resnet()), dataset, args, ALONE)
+    train = eval_knn.load_split(str(scenes), 0.2, 0)[0]
+    dataset, y = eval_knn.CenterCrops(train.paths, backbone_of(None)), train.labels
+    x, _ = eval_knn.extract_features(backbone_of(resnet()), dataset, args, ALONE)
     args.batch_size, lr = 8, result["lr"]
     W, b = eval_linear.train_heads(lambda _: x.clone(), y.clone(), torch.arange(30), 10, [lr], args)
     assert_same([W[0], b[0]], [weight, bias])
@@ -241,10 +246,10 @@ def test_augmented_features_are_those_of_new_crops(scenes, monkeypatch, flags, p
 
 def test_crops_of_a_pass_are_repeatable(scenes):
     train = eval_knn.load_split(str(scenes), 0.2, 0)[0]
-    one, same, other = (eval_linear.CropsOfPass(train, backbone_of(None), 0, number) for number in (1, 1, 2))
-    (a, label, message), (b, _, _), (c, _, _) = one[7], same[7], other[7]
+    one, same, other = (eval_linear.CropsOfPass(train.paths, backbone_of(None), 0, i) for i in (1, 1, 2))
+    (a, index, message), (b, _, _), (c, _, _) = one[7], same[7], other[7]
     assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.max() < 3
-    assert label == train[7][1] and message == ""
+    assert index == 7 and message == ""
 
 
 def test_split_does_not_depend_on_the_file_systems_order(scenes, monkeypatch):
@@ -253,7 +258,9 @@ def test_split_does_not_depend_on_the_file_systems_order(scenes, monkeypatch):
     iterdir = type(scenes).iterdir
     monkeypatch.setattr("os.walk", lambda *a, **k: ((f, d, n[::-1]) for f, d, n in list(walk(*a, **k))[::-1]))
     monkeypatch.setattr(type(scenes), "iterdir", lambda path: iter(sorted(iterdir(path), reverse=True)))
-    assert eval_knn.load_split(str(scenes / "train"), 0.3, 0) == expected
+    again = eval_knn.load_split(str(scenes / "train"), 0.3, 0)
+    assert [part.paths for part in again[:2]] == [part.paths for part in expected[:2]]
+    assert_same([part.labels for part in again[:2]], [part.labels for part in expected[:2]])
 
 
 # ------------------------------------------------------------------ whole runs
@@ -429,7 +436,7 @@ def test_finetuning_with_changed_flags_is_refused_but_for_those_that_make_no_res
     assert torch.load(tmp_path / "checkpoint.pth", weights_only=True)["step"] == 2
 
 
-def naive_finetuning(paths, labels, C):
+def naive_finetuning(train, C):
     """Losses of three steps, weights and AdamW's first moments, one parameter at a time."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=0, img_size=32, patch_size=8, dynamic_img_size=True)
@@ -437,9 +444,8 @@ def naive_finetuning(paths, labels, C):
     model.reset_classifier(C)
     torch.nn.init.normal_(model.head.weight, std=0.01)
     torch.nn.init.zeros_(model.head.bias)
-    samples = list(zip(paths, labels, strict=True))
-    dataset = eval_linear.FinetuneImages(samples, backbone_of(None), 0.0, 0)
-    order = torch.randperm(len(paths), generator=common.generator(0, "order", 0)).tolist()
+    dataset = eval_linear.FinetuneImages(train, backbone_of(None), 0.0, 0)
+    order = torch.randperm(len(train), generator=common.generator(0, "order", 0)).tolist()
     losses = []
     first, second = ({name: torch.zeros_like(p) for name, p in model.named_parameters()} for _ in range(2))
     for step in range(3):
@@ -447,12 +453,19 @@ def naive_finetuning(paths, labels, C):
         for index in order[4 * step : 4 * step + 4]:
             image, label = dataset[0, index]
             x = image / 255 - torch.tensor(common.IMAGENET_MEAN).view(3, 1, 1)
-            logits = model((x / torch.tensor(common.IMAGENET_STD).view(3, 1, 1))[None])[0].log_softmax(0)
-            loss = loss - (0.9 * logits[label] + 0.1 * logits.mean()) / 4  # smoothing of .1
+            logits = model((x / torch.tensor(common.IMAGENET_STD).view(3, 1, 1))[None])[0]
+            if train.labels.ndim == 2:  # a sigmoid for each class
+                p = logits.sigmoid()
+                for c in range(C):
+                    loss = loss - (p[c] if label[c] else 1 - p[c]).log() / C / 4
+            else:
+                logits = logits.log_softmax(0)
+                loss = loss - (0.9 * logits[label] + 0.1 * logits.mean()) / 4  # smoothing of .1
         losses.append(loss.item())
         model.zero_grad()
         loss.backward()
-        lr = 1e-6 + (0.001 - 1e-6) * 0.5 * (1 + math.cos(math.pi * step / 21))  # .064 * 4 / 256
+        total = 3 * (len(train) // 4)
+        lr = 1e-6 + (0.001 - 1e-6) * 0.5 * (1 + math.cos(math.pi * step / total))  # .064 * 4 / 256
         with torch.no_grad():
             for name, p in model.named_parameters():
                 spared = p.ndim <= 1 or name.endswith("bias") or name in ("pos_embed", "cls_token")
@@ -464,21 +477,92 @@ def naive_finetuning(paths, labels, C):
     return losses, dict(model.named_parameters()), first
 
 
-@pytest.mark.parametrize("micro_batch", [4, 2])
-def test_steps_of_finetuning_equal_plain_loops(run, scenes, tmp_path, micro_batch):
-    """AdamW, smoothing; accumulation is one large batch."""
-    flags = [*FINETUNE, *VIT, "--warmup_epochs", "0", "--lr", ".064", "--smoothing", ".1"]
+@pytest.mark.parametrize("micro_batch, multi_label", [(4, False), (2, False), (2, True)])
+def test_steps_of_finetuning_equal_plain_loops(run, scenes, tmp_path, micro_batch, multi_label):
+    """AdamW, smoothing or several labels; accumulation is one large batch."""
+    flags, data, C = [*FINETUNE, *VIT, "--warmup_epochs", "0", "--lr", ".064"], scenes, 10
+    if multi_label:
+        data, C = write_multi_label(tmp_path / "data", scenes), 3
+    else:
+        flags += ["--smoothing", ".1"]
     flags += ["--max_steps", "3", "--log_every", "1", "--batch_size_per_gpu", micro_batch]
-    run("eval_linear", *flags_of(scenes, tmp_path, *flags, "--accum_steps", 4 // micro_batch))
+    run("eval_linear", *flags_of(data, tmp_path, *flags, "--accum_steps", 4 // micro_batch))
     saved = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()][1:]
-    paths, labels = zip(*eval_knn.load_split(str(scenes), 0.2, 0)[0], strict=True)
-    losses, expected, first = naive_finetuning(paths, labels, 10)
+    train = eval_knn.load_split(str(data), 0.2, 0)[0]
+    losses, expected, first = naive_finetuning(train, C)
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)
     for name, p in expected.items():
-        sure = first[name].abs() > 1e-4  # AdamW's first steps are signs, of which small gradients have none
+        # AdamW's first steps are signs, of which small gradients have none.
+        sure = first[name].abs() > (1e-5 if multi_label else 1e-4)
         torch.testing.assert_close(saved["model"][name][sure], p.data[sure], atol=2e-5, rtol=1e-3, msg=name)
         assert name == "pos_embed" or sure.any(), name
+
+
+# ------------------------------------------------------------------ few labels, several labels
+
+
+def test_fractions_share_features_and_give_a_row_each(run, scenes, tmp_path, capsys, monkeypatch):
+    seen, extract = [], eval_linear.extract_features
+    monkeypatch.setattr(eval_linear, "extract_features", lambda *a: seen.append(1) or extract(*a))
+    flags = ["--weights", "random", "image_stats", "--arch", "test_resnet", "--lrs", 1]
+    run("eval_linear", *flags_of(scenes, tmp_path, *flags, "--train_fraction", 0.01, 0.67, 1))
+    lines, printed = results_of(tmp_path), capsys.readouterr().out
+    assert len(seen) == 4  # training and test images of each of the weights, once
+    rows = [(line["train_fraction"], line["train_images"]) for line in lines]
+    assert rows == [(0.01, 10), (0.67, 20), (1.0, 30)] * 2
+    assert [row.split()[:2] for row in printed.splitlines() if " % " in row and "linear" not in row] == [
+        [name, share] for name in ("random", "image_stats") for share in ("1", "67", "100")]
+    alone = flags_of(scenes, tmp_path / "alone", "--weights", "random", "--arch", "test_resnet", "--lrs", 1)
+    run("eval_linear", *alone)
+    assert results_of(tmp_path / "alone")[0]["top1"] == lines[2]["top1"]
+    saved, whole = (common.load_checkpoint(out / "head.pth") for out in (tmp_path, tmp_path / "alone"))
+    assert torch.equal(saved["weight"], whole["weight"])  # of the largest fraction
+    for more, words in ((["--lrs", 1, 2], "one image of each class is too few to choose among several"),
+                        (["--finetune", "--train_fraction", 0.5, 1], "one with --finetune")):
+        with pytest.raises(SystemExit):
+            run("eval_linear", *flags_of(scenes, tmp_path, "--weights", "random", "--arch", "test_resnet",
+                                         "--train_fraction", 0.01, *more))
+        assert words in capsys.readouterr().err
+
+
+def test_finetuning_on_a_fraction_takes_its_images_alone(run, scenes, tmp_path):
+    flags = ["--finetune", "--weights", "random", "--arch", "test_resnet", "--batch_size_per_gpu", 4]
+    run("eval_linear", *flags_of(scenes, tmp_path, *flags, "--train_fraction", 0.67))
+    assert results_of(tmp_path)[0]["train_images"] == 20
+
+
+@pytest.mark.parametrize("flags", [["--lrs", 1, 10], ["--finetune", "--mixup", 0.8, "--cutmix", 1]])
+def test_several_labels_from_training_to_prediction(run, scenes, tmp_path, flags):
+    """The figures are those of the probabilities that --predict writes of the test images."""
+    data, out = write_multi_label(tmp_path / "data", scenes), tmp_path / "out"
+    flags = [*flags, "--weights", "random", "--arch", "test_resnet", "--batch_size_per_gpu", 4, "--per_class"]
+    run("eval_linear", *flags_of(data, out, *flags))
+    (line,) = results_of(out)
+    run("eval_linear", "--predict", data, "--weights", out, "--output_dir", out, "--num_workers", 0)
+    _, test, classes, _ = eval_knn.load_split(str(data), 0.2, 0)
+    with open(out / "predictions.csv", newline="") as file:
+        rows = {row["path"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 20 and not (out / "confusion.png").exists()
+    scores = torch.tensor([[float(rows[path][name]) for name in classes] for path in test.paths])
+    figures, of_class = eval_knn.multi_label_figures(scores, test.labels)
+    for name, value in figures.items():
+        assert line[name] == pytest.approx(value, abs=0.01)
+    assert line["per_class"] == pytest.approx(of_class, abs=0.01)
+    for path, row in zip(test.paths, scores.tolist(), strict=True):
+        assert rows[path]["labels"] == "|".join(n for n, p in zip(classes, row, strict=True) if p > 0.5)
+
+
+def test_mixing_gives_each_image_its_share_of_both_labels():
+    images, labels = rand(6, 3, 8, 8), (rand(6, 4, seed=1) > 0).float()
+    args = make_args("--finetune", "--mixup", 0.8)
+    torch.manual_seed(0)
+    mixed, targets = eval_linear.erase_and_mix(images, labels, 4, args)
+    for i, image in enumerate(mixed):  # image i and the one before it, with one factor
+        other = images[i - 1]
+        factor = ((image - other) * (images[i] - other)).sum() / ((images[i] - other) ** 2).sum()
+        assert 0 <= factor <= 1
+        torch.testing.assert_close(targets[i], factor * labels[i] + (1 - factor) * labels[i - 1])
 
 
 # ------------------------------------------------------------------ any bands, any type of pixels

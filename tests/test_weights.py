@@ -413,7 +413,7 @@ def test_fine_tuned_mae_gives_the_norm_of_the_mean(tmp_path, capsys):
     for _ in range(2):  # the file, then our own export of it
         flags = ["--data_path", "x", "--weights", path, "--arch", VIT, "--img_size", "32"]
         args = eval_knn.get_parser().parse_args(flags)
-        (prepared,) = eval_knn.prepare(args, alone, [(str(tmp_path / "image.png"), 0)])
+        (prepared,) = eval_knn.prepare(args, alone, [str(tmp_path / "image.png")])
         backbone = prepared.model.eval()
         assert "150 of 150 tensors loaded, 0 missing" in prepared.report
         with torch.no_grad():
