@@ -684,7 +684,7 @@ def read_listings(path: Path) -> dict[tuple[str, int, int], Paths]:
         fits = [*((part >= 0).all() for part in (*numbers, np.diff(of))),
                 *((part["start"] <= len(text) - part["length"]).all() for part in (rows, folders)),
                 (np.diff(rows["start"]) == rows["length"][:-1]).all(),
-                (rows["at"] <= sizes[of]).all(), (rows["size"] <= sizes[of] - rows["at"]).all()]
+                (rows["size"] <= sizes[of] - rows["at"]).all()]
         bounds = np.searchsorted(of, np.arange(len(archives) + 1))
     except Exception:  # no such file, or one damaged in any way: the archives are listed again
         return {}

@@ -234,7 +234,7 @@ def test_listings_are_kept_and_nothing_of_damaged_ones(tmp_path, monkeypatch):
     with np.load(kept) as file:
         parts = dict(file)
     for name, field, value in (("rows", "at", 2**62), ("rows", "size", 10**6), ("rows", "folder", 9),
-                               ("rows", "start", 2**63 - 1), ("rows", "length", -1),
+                               ("rows", "start", 2**63 - 1), ("rows", "start", 0), ("rows", "length", -1),
                                ("folders", "archive", 5), ("folders", "start", 10**6),
                                ("folders", "length", 2**31 - 1)):
         bad = {key: part.copy() for key, part in parts.items()}
