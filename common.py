@@ -702,7 +702,7 @@ class Member(str):
     def open(self) -> BinaryIO:
         """Its bytes as a file; raises ChangedArchiveError."""
         path, *before = self.archive
-        file = _open_archive(path)
+        file = _open_archive(*self.archive)
         stat = os.fstat(file.fileno())
         if [stat.st_size, stat.st_mtime_ns] != before:
             raise ChangedArchiveError(f"{path}: changed since it was listed: start again")
@@ -712,7 +712,7 @@ class Member(str):
 
 
 @functools.lru_cache(256)
-def _open_archive(path: str) -> io.FileIO:
+def _open_archive(path: str, *of_listing: int) -> io.FileIO:
     return open(path, "rb", buffering=0)
 
 

@@ -136,6 +136,14 @@ def test_size_in_base_256(tmp_path):
     assert [path.open().read() for path in list_tar(tmp_path / "data")] == [b"abc", b"de"]
 
 
+def test_an_archive_replaced_between_two_listings_is_opened_again(tmp_path):
+    for data in (b"old", b"new"):
+        write_tar(tmp_path / "other.tar", ("a.png", data))
+        (tmp_path / "data").mkdir(exist_ok=True)
+        os.replace(tmp_path / "other.tar", tmp_path / "data/a.tar")
+        assert [path.open().read() for path in list_tar(tmp_path / "data")] == [data]
+
+
 def test_places_are_folders_in_files_and_archives(tmp_path):
     """Against a dict of lists, with names that sort before a slash; windows too."""
     r, names = random.Random(0), set()
