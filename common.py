@@ -14,6 +14,7 @@ import contextlib
 import copy
 import difflib
 import errno
+import functools
 import gc
 import hashlib
 import io
@@ -23,9 +24,11 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.queues
+import operator
 import os
 import pickle
 import platform
+import posixpath
 import re
 import shutil
 import signal
@@ -34,9 +37,10 @@ import subprocess
 import sys
 import time
 import zipfile
+from array import array
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
@@ -70,6 +74,8 @@ UNREAD_HEADS = {b"\x89HDF\r\n\x1a\n": ".h5", b"MATLAB": ".mat", b"PK\x03\x04": "
 TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # the last two: BigTIFF
 JP2_HEADS = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")  # with boxes around the codestream, and without
 TIFF_JPEGS = (6, 7, 34892, 33007)  # compressions that tifffile decodes to RGB
+PACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MOST_NUMBERS = 2**30  # pixels times bands to read at once: 4 GB in float32
 RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data,
 EXPORT_FILES = {"config.json", "model.safetensors"}  # nor is one with both of these
@@ -328,43 +334,417 @@ class EmptyImageError(UnreadableImageError):
     """An image, or a window of one, without a valid pixel."""
 
 
+class ChangedArchiveError(UnreadableImageError):
+    """An archive that is no longer the one that was listed: the run ends, no other image is taken."""
+
+
+# Rows of Paths: start and length are in its text. Strings in a list would be counted, reference by reference,
+# in every worker, which so copies all the memory that it shares with the others.
+FILE = np.dtype([("start", "<i8"), ("length", "<i4"), ("folder", "<i4")])
+MEMBER = np.dtype([*FILE.descr, ("at", "<i8"), ("size", "<i8")])  # also where it lies in an archive
+FOLDER = np.dtype([("start", "<i8"), ("length", "<i4"), ("archive", "<i4")])  # archive: -1 for none
+
+
+@dataclass(eq=False, repr=False)
+class Paths(Sequence):
+    """Paths of images in a few arrays: 16 bytes each and the name, 32 in archives.
+
+    `paths[i]` is a str, of an archive's a Member; `paths[array]` are the Paths of these, in the same memory.
+    """
+
+    text: np.ndarray  # uint8: names, then folders
+    rows: np.ndarray  # N of FILE or MEMBER
+    folders: np.ndarray  # F of FOLDER
+    archives: list[tuple[str, int, int]]  # path, size, time of the last change in ns
+
+    @classmethod
+    def join(cls, parts: Iterable["tuple[str, Sequence[str]] | Paths"]) -> "Paths":
+        """Puts together folders, each with its last slash and names in it, and Paths of one archive each."""
+        text, places, archives = bytearray(), {}, []
+        columns = length, folder, at, size = array("i"), array("i"), array("q"), array("q")
+        for part in parts:
+            if isinstance(part, Paths):
+                first = part.rows["start"][0] if len(part) else 0
+                text += part.text[first : first + part.rows["length"].sum()].tobytes()
+                used, own = np.unique(part.rows["folder"], return_inverse=True)
+                numbers = [places.setdefault((part._bytes(row), len(archives)), len(places))
+                           for row in part.folders[used]]
+                archives += part.archives
+                rows = part.rows
+                values = rows["length"], np.array(numbers, np.int32)[own], rows["at"], rows["size"]
+                for column, value in zip(columns, values, strict=True):
+                    column.frombytes(value.tobytes())
+            else:
+                names = [os.fsencode(name) for name in part[1]]
+                text += b"".join(names)
+                length.extend(map(len, names))
+                folder.extend([places.setdefault((os.fsencode(part[0]), -1), len(places))] * len(names))
+                at.frombytes(bytes(8 * len(names)))
+                size.frombytes(bytes(8 * len(names)))
+        N, rows = len(length), np.empty(len(length), MEMBER if archives else FILE)
+        length.extend(len(name) for name, _ in places)
+        starts = np.cumsum(length, dtype=np.int64) - length
+        for name, column in zip(rows.dtype.names, (starts[:N], length[:N], folder, at, size), strict=False):
+            rows[name] = column
+        folders = np.empty(len(places), FOLDER)
+        columns = starts[N:], length[N:], [archive for _, archive in places]
+        for name, column in zip(FOLDER.names, columns, strict=True):
+            folders[name] = column
+        text = np.frombuffer(text + b"".join(name for name, _ in places), np.uint8)
+        return cls(text, rows, folders, archives)
+
+    @classmethod
+    def of(cls, paths: Sequence[str]) -> "Paths":
+        """Paths of plain strings, which need no archive."""
+        parts = ((path[: len(path) - len(name)], name) for path in paths for name in [os.path.basename(path)])
+        return cls.join((folder, [name for _, name in group])
+                        for folder, group in itertools.groupby(parts, operator.itemgetter(0)))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int | slice | np.ndarray) -> "str | Paths":
+        if not isinstance(index, (int, np.integer)):
+            return Paths(self.text, self.rows[index], self.folders, self.archives)
+        row = self.rows[index]
+        folder = self.folders[row["folder"]]
+        path = self._in_archive(folder, os.fsdecode(self._bytes(folder) + self._bytes(row)))
+        if folder["archive"] < 0:
+            return path
+        member = Member(path)
+        member.archive = self.archives[folder["archive"]]
+        member.at, member.size = int(row["at"]), int(row["size"])
+        return member
+
+    def _in_archive(self, folder: np.void, path: str) -> str:
+        return path if folder["archive"] < 0 else f"{self.archives[folder['archive']][0]}/{path}"
+
+    def _bytes(self, row: np.void) -> bytes:
+        return self.text[row["start"] : row["start"] + row["length"]].tobytes()
+
+    def folder_ranks(self) -> np.ndarray:
+        """Of each path's folder, its place among all folders sorted by their paths; N."""
+        paths = (self._in_archive(row, os.fsdecode(self._bytes(row))) for row in self.folders)
+        names = list(map(os.path.dirname, paths))
+        ranks = np.empty(len(names), np.int64)
+        ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
+        return ranks[self.rows["folder"]]
+
+
 def list_images(root: str | Path, exclude: str | Path | None = None, suffixes: set[str] = IMAGE_SUFFIXES,
-                flag: str = "--data_path", bands: Sequence[int | str] | None = None) -> list[str]:
+                flag: str = "--data_path", bands: Sequence[int | str] | None = None,
+                archives: Path | None = None) -> Paths:
     """Paths of all images below `root`, links followed; sorted. With names of bands, the folders of bands.
 
     What is not data is left out: hidden files and folders, `@eaDir`, the folder `exclude`, and folders that
-    hold a run's own files.
+    hold a run's own files. With `archives`, a file to keep their listings in, a plain .tar is a folder.
     """
     if not os.path.isdir(root):
-        fail(f"{flag} {root}: no such folder")
-    paths, done = [], {os.path.realpath(exclude)} if exclude else set()
-    if os.path.realpath(root) in done:
+        fail(f"{flag} {root}: " + ("is a file; give the folder that holds it" if os.path.exists(root) else
+                                   "no such folder"))
+    if exclude and os.path.realpath(root) == os.path.realpath(exclude):
         fail(f"{flag} {root}: is --output_dir too; give another folder")
+    known, listed, compressed = read_listings(archives) if archives else {}, {}, []
 
-    def unreadable(error: OSError) -> NoReturn:
-        fail(f"{flag} {error.filename}: cannot be listed: {error.strerror}")
+    def parts() -> Iterator[tuple[str, list[str]] | Paths]:
+        for folder, names in _walk(os.fspath(root), exclude, flag, archives is not None):
+            if names is None:
+                if is_named(bands):
+                    fail(f"{flag} {folder}: an archive, in which bands have no names (--bands): unpack it")
+                key, part = _archive_images(folder, known, flag)
+                listed[key] = replace(part, archives=[key])
+                yield replace(part, archives=[(folder, *key[1:])])
+                continue
+            if archives:
+                compressed.extend(folder + name for name in names if name.lower().endswith(COMPRESSED))
+            yield folder, [name for name in names
+                           if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."]
 
-    for folder, folders, names in os.walk(root, onerror=unreadable, followlinks=True):
-        own = run_files(names)
-        if own and folder == os.fspath(root):
-            fail(f"{flag} {root}: holds {own}, as the output of a run does; if it is data, move that away")
-        if own or (place := os.path.realpath(folder)) in done:  # or a link back to a folder above
-            folders.clear()
-            continue
-        done.add(place)
-        folders[:] = sorted(name for name in folders if name[0] != "." and name != "@eaDir")
-        names = [name for name in names
-                 if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")]
-        if not is_named(bands):
-            paths += [os.path.join(folder, name) for name in names]
-        elif any(is_band(name, band) for name in names for band in bands):
-            paths.append(folder)
+    if is_named(bands):
+        found = {os.path.dirname(folder) for folder, names in parts()
+                 if any(is_band(name, band) for name in names for band in bands)}
+        paths = Paths.of(sorted(found))
+    else:
+        paths = Paths.join(parts())
+    if listed.keys() - known.keys():
+        write_listings(archives, listed.values())
+    words = [f"{compressed[0]}: compressed archives are not read: unpack it to a .tar"] if compressed else []
     if not paths:
         wanted = f"file of the bands {' '.join(bands)}" if is_named(bands) else "image"
         seen = {os.path.splitext(name)[1].lower() for _, *names in os.walk(root) for name in sum(names, [])}
-        fail("; ".join([f"{flag} {root}: no {wanted} in it ({', '.join(sorted(suffixes))})",
+        fail("; ".join([f"{flag} {root}: no {wanted} in it ({', '.join(sorted(suffixes))})", *words,
                         *sorted({UNREAD_KINDS[suffix] for suffix in seen & UNREAD_KINDS.keys()})]))
-    return sorted(paths)
+    for line in words:
+        print("warning:", one_line(line), file=sys.stderr, flush=True)
+    return paths
+
+
+def _walk(root: str, exclude: str | Path | None, flag: str,
+          archives: bool) -> Iterator[tuple[str, list[str] | None]]:
+    # Folders, with their last slash, and names of files in them, in the order of the whole paths: among the
+    # files of a folder another stands as `name/`. Of an archive its path and None.
+    done = {os.path.realpath(exclude)} if exclude else set()
+    todo = [(root, None, os.path.realpath(root))]  # path, names of files in it, real path
+    while todo:
+        folder, names, place = todo.pop()
+        if names is not None:
+            yield folder, names
+        elif place in done:  # a link back to a folder above, or a second one
+            continue
+        elif not os.path.isdir(folder):
+            done.add(place)
+            yield folder, None
+        else:
+            files, folders = _entries(folder, flag, archives)
+            own = run_files(files)
+            if own and folder == root:
+                fail(f"{flag} {root}: holds {own}, as the output of a run does; if it is data, move that "
+                     "away")
+            if own:
+                continue
+            done.add(place)
+            folder, names = os.path.join(folder, ""), sorted([*files, *folders], reverse=True)
+            for is_folder, group in itertools.groupby(names, folders.__contains__):
+                if not is_folder:
+                    todo.append((folder, list(group)[::-1], place))
+                    continue
+                for name in group:
+                    path = folder + name[:-1]
+                    real = os.path.realpath(path) if folders[name] else os.path.join(place, name[:-1])
+                    todo.append((path, None, real))
+
+
+def _entries(folder: str, flag: str, archives: bool) -> tuple[list[str], dict[str, bool]]:
+    # Names of files in a folder; names, with a slash, of folders and archives that are data: is it a link?
+    files, folders = [], {}
+    try:
+        with os.scandir(folder) as found:
+            for entry in found:
+                try:
+                    is_folder = entry.is_dir()
+                except OSError:  # a link to itself
+                    is_folder = False
+                is_tar = archives and not is_folder and entry.name.lower().endswith(".tar")
+                if is_folder or is_tar and (entry.is_symlink() or entry.is_file()):
+                    if entry.name[0] != "." and entry.name != "@eaDir":
+                        folders[entry.name + os.sep] = entry.is_symlink()
+                else:
+                    files.append(entry.name)
+    except OSError as error:
+        fail(f"{flag} {folder}: cannot be listed: {error.strerror}")
+    return files, folders
+
+
+# Archives: one pass over the headers of a plain tar by any writer (ustar, GNU, pax). Python's tarfile takes
+# three times as long, and where a header is damaged it takes that for the end.
+
+
+def _archive_images(path: str, known: dict, flag: str) -> tuple[tuple[str, int, int], Paths]:
+    # What tells an archive from all others and from its earlier self, and the images in it.
+    try:
+        stat = os.stat(path)
+        key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns
+        if key in known:
+            return key, known[key]
+        with open(path, "rb", buffering=0) as file:
+            found = _list_members(file, stat.st_size)
+    except OSError as error:
+        fail(f"{flag} {path}: cannot be read: {error.strerror}")
+    except ValueError as error:
+        fail(f"{flag} {path}: {error}")
+    own = {}
+    for name in found:
+        base = name[name.rfind("/") + 1 :]
+        if base in RUN_FILES or base in EXPORT_FILES:
+            own.setdefault(name[: len(name) - len(base)], []).append(base)
+    outputs = tuple(folder for folder, names in own.items() if run_files(names))
+    no_data = re.compile(r"(.*/)?(\.|@eaDir/)", re.DOTALL)
+    names = sorted(name for name in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+                   and not no_data.match(name) and not name.startswith(outputs))
+    split = ((name[: name.rfind("/") + 1], name[name.rfind("/") + 1 :]) for name in names)
+    paths = Paths.join((folder, [name for _, name in group])
+                       for folder, group in itertools.groupby(split, operator.itemgetter(0)))
+    rows, paths.folders["archive"] = np.empty(len(paths), MEMBER), 0
+    for column in FILE.names:
+        rows[column] = paths.rows[column]
+    rows["at"], rows["size"] = np.array([found[name] for name in names], np.int64).reshape(-1, 2).T
+    return key, replace(paths, rows=rows)
+
+
+def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
+    # Name -> where a file's data begin, and how many bytes; of several of one name the last, as tar has it.
+    found, links, shared, own, here = {}, {}, {}, {}, 0
+    while True:
+        head, start = read_at(file, 512, here), here
+        kind, size, here = head[156:157], _tar_number(head[124:136]), here + 512
+        if head.count(0) == 512:
+            if read_at(file, 2**20, here).strip(b"\0"):
+                raise ValueError("goes on behind its end, as of archives joined by cat: join them by tar -A")
+            break
+        _check_header(head, size, start)
+        if kind in b"LKxXg":  # of the next member: GNU's long names, pax; of all that follow: pax
+            data, here = read_at(file, size, here), here + -(-size // 512) * 512
+            if kind in b"LK":
+                own[b"path" if kind == b"L" else b"linkpath"] = data.split(b"\0")[0]
+            else:
+                (shared if kind == b"g" else own).update(_pax_records(data, start))
+            continue
+        more, own = {**shared, **own} if shared else own, {}
+        prefix = head[345:500].split(b"\0")[0] if head[257:263] == b"ustar\0" else b""
+        path = more.get(b"path", prefix + b"/" * bool(prefix) + head[:100].split(b"\0")[0])
+        name = _plain_name(os.fsdecode(path))
+        if kind == b"S" or more and any(key.startswith(b"GNU.sparse") for key in more):
+            raise ValueError(f"{name}: a sparse file: make the archive without --sparse")
+        if b"size" in more:
+            size = int(more[b"size"]) if re.fullmatch(rb"\d{1,18}", more[b"size"]) else -1
+        target = os.fsdecode(more.get(b"linkpath", head[157:257].split(b"\0")[0])) if kind in b"12" else ""
+        linked = found.get(_plain_name(target), (0, 0))
+        found.pop(name, None)
+        links.pop(name, None)
+        if kind in b"0\0007" and path[-1:] != b"/":
+            found[name] = here, size
+        elif kind == b"1":  # a hard link to a member before it
+            found[name] = linked
+        elif kind == b"2":
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
+        if kind not in b"123456":  # which have no data
+            if not 0 <= size <= end - here:
+                raise ValueError(f"truncated or damaged: {name} is not all there: copy it again")
+            here += -(-size // 512) * 512
+    for name, path in links.items():  # symbolic ones; those that lead elsewhere: at 0, where no data begin
+        for _ in range(40):
+            path = links.get(path, path)
+        found[name] = found.get(path, (0, 0))
+    return found
+
+
+def _check_header(head: bytes, size: int, start: int) -> None:
+    # Raises ValueError where there is no header, or an absurd one, at byte `start` of an archive.
+    rest = _tar_number(head[148:156]) - 256 - sum(head[:148].translate(None, b"\0")) - sum(
+        head[156:].translate(None, b"\0"))
+    if not rest and len(head) == 512 and 0 <= size and (size <= 2**20 or head[156:157] not in b"LKxXg"):
+        return
+    packer = next((name for magic, name in PACKERS.items() if head.startswith(magic)), None)
+    if packer and not start:
+        raise ValueError(f"a compressed archive: unpack it to a plain one ({packer} -dc OLD > NEW.tar)")
+    if len(head) < 512:
+        raise ValueError("truncated: it lacks the blocks of zeros that end an archive: copy it again")
+    if start or not rest:
+        raise ValueError(f"damaged at byte {start}: copy it again")
+    raise ValueError("no tar archive, whatever its name: move it away")
+
+
+def _plain_name(path: str) -> str:
+    return "/".join([part for part in path.split("/") if part and part != "."])
+
+
+def _tar_number(field: bytes) -> int:
+    # Octal digits, or behind a byte of 128 a number of base 256; -1 for neither.
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0")[0].strip() or b"0"
+    return -1 if digits.strip(b"01234567") else int(digits, 8)
+
+
+def _pax_records(data: bytes, start: int) -> dict[bytes, bytes]:
+    # Of lines `length key=value`.
+    records, here = {}, 0
+    while here < len(data):
+        match = re.compile(rb"(\d{1,7}) ([^=]+)=").match(data, here)
+        stop = here + int(match[1]) if match else 0
+        if not match or not match.end() < stop <= len(data) or data[stop - 1] != 10:
+            raise ValueError(f"damaged at byte {start}: copy it again")
+        records[match[2]] = data[match.end() : stop - 1]
+        here = stop
+    return records
+
+
+def write_listings(path: Path, listings: Iterable[Paths]) -> None:
+    """Keeps the images of archives for the next start."""
+    every = Paths.join(listings)
+    parts = {"text": every.text, "rows": every.rows, "folders": every.folders,
+             "archives": np.frombuffer(json.dumps(every.archives).encode(), np.uint8)}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: np.savez(file, **parts))
+
+
+def read_listings(path: Path) -> dict[tuple[str, int, int], Paths]:
+    """What write_listings kept, by path, size and time; nothing where the file does not hold together."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            text, rows, folders = (file[name] for name in ("text", "rows", "folders"))
+            archives = [(str(name), int(size), int(time)) for name, size, time in
+                        json.loads(file["archives"].tobytes())]
+        kinds = [(part.ndim, part.dtype) for part in (text, rows, folders)]
+        if kinds != [(1, np.uint8), (1, MEMBER), (1, FOLDER)]:
+            return {}
+        sizes, of = np.array([size for _, size, _ in archives], np.int64), folders["archive"][rows["folder"]]
+        numbers = [*(rows[name] for name in MEMBER.names), *(folders[name] for name in FOLDER.names)]
+        fits = [*((part >= 0).all() for part in (*numbers, np.diff(of))),
+                *((part["start"] <= len(text) - part["length"]).all() for part in (rows, folders)),
+                (np.diff(rows["start"]) == rows["length"][:-1]).all(),
+                (rows["size"] <= sizes[of] - rows["at"]).all()]
+        bounds = np.searchsorted(of, np.arange(len(archives) + 1))
+    except Exception:  # no such file, or one damaged in any way: the archives are listed again
+        return {}
+    return {key: Paths(text, rows[a:b], folders, [key])
+            for key, a, b in zip(archives, bounds[:-1], bounds[1:], strict=True)} if all(fits) else {}
+
+
+class Member(str):
+    """Path of an image in an archive, and where it lies there."""
+
+    archive: tuple[str, int, int]  # path, size, time of the last change
+    at: int
+    size: int
+
+    def open(self) -> BinaryIO:
+        """Its bytes as a file; raises ChangedArchiveError."""
+        path, *before = self.archive
+        file = _open_archive(*self.archive)
+        stat = os.fstat(file.fileno())
+        if [stat.st_size, stat.st_mtime_ns] != before:
+            raise ChangedArchiveError(f"{path}: changed since it was listed: start again")
+        if not self.at:
+            raise ValueError("a link to no file of its archive: make that with tar --dereference")
+        return io.BufferedReader(_Section(file, self.at, self.size), min(max(self.size, 1), 2**20))
+
+
+@functools.lru_cache(256)
+def _open_archive(path: str, *of_listing: int) -> io.FileIO:
+    return open(path, "rb", buffering=0)
+
+
+def read_at(file: io.FileIO, count: int, at: int) -> bytes:
+    """Up to `count` bytes from `at`; processes that inherited the open file do not disturb each other."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), count, at)
+    file.seek(at)  # Windows, where none is inherited
+    return file.read(count)
+
+
+class _Section(io.RawIOBase):
+    # A part of an archive as a file.
+
+    def __init__(self, file: io.FileIO, at: int, size: int):
+        self.file, self.at, self.size, self.here = file, at, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.here = max(0, offset + (0, self.here, self.size)[whence])
+        return self.here
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = read_at(self.file, max(0, min(len(buffer), self.size - self.here)), self.at + self.here)
+        buffer[: len(data)] = data
+        self.here += len(data)
+        return len(data)
 
 
 def run_files(names: Sequence[str]) -> str:
@@ -493,10 +873,10 @@ class _Raster:
 
 @contextlib.contextmanager
 def _opened(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> Iterator[_Raster]:
-    suffix = os.path.splitext(path)[1].lower()
-    if os.path.isdir(path):
+    suffix, is_member = os.path.splitext(path)[1].lower(), isinstance(path, Member)
+    if not is_member and os.path.isdir(path):
         raise ValueError(UNREAD_KINDS.get(suffix, "a folder: name the bands in it with --bands"))
-    with open(path, "rb") as file:
+    with path.open() if is_member else open(path, "rb") as file:
         head = file.read(16)
         file.seek(0)
         kinds = [kind for start, kind in UNREAD_HEADS.items() if head.startswith(start)]
@@ -507,7 +887,7 @@ def _opened(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> Ite
         elif head.startswith(JP2_HEADS):
             yield _open_jp2(file)
         elif head.startswith(b"\x93NUMPY"):
-            yield _open_npy(path, in_chans, bands)
+            yield _open_npy(io.BytesIO(file.read()) if is_member else path, in_chans, bands)
         else:
             yield _open_pillow(file)
 
@@ -597,8 +977,8 @@ def _open_jp2(file: BinaryIO) -> _Raster:
     return _Raster(bottom - top, right - left, bands, read, rgb=bands == 3)
 
 
-def _open_npy(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> _Raster:
-    array = np.load(path, mmap_mode="r", allow_pickle=False)
+def _open_npy(file: str | Path | io.BytesIO, in_chans: int, bands: Sequence[int] | None) -> _Raster:
+    array = np.load(file, None if isinstance(file, io.BytesIO) else "r", allow_pickle=False)
     shape = " x ".join(map(str, array.shape))
     if array.ndim == 2:
         array = array[:, :, None]
@@ -712,7 +1092,12 @@ def _page_numbers(file: BinaryIO, page: tifffile.TiffPage, rows: slice, columns:
     planes, _, H, W, n = page.shaped  # one of planes and n is 1
     if page.is_final and page.dataoffsets[0] > 0:  # uncompressed, in one place
         dtype = page.dtype.newbyteorder(page.parent.byteorder)
-        numbers = np.memmap(file, dtype, "r", page.dataoffsets[0], page.shaped)[:, 0, rows, columns]
+        start, whole = page.dataoffsets[0], file
+        if isinstance(file.raw, _Section):
+            if start + math.prod(page.shaped) * dtype.itemsize > file.raw.size:
+                raise ValueError("truncated: its pixels lie beyond the end of the file")
+            start, whole = start + file.raw.at, file.raw.file
+        numbers = np.memmap(whole, dtype, "r", start, page.shaped)[:, 0, rows, columns]
         numbers = numbers.astype(page.dtype)
     else:
         numbers = np.empty((planes, rows.stop - rows.start, columns.stop - columns.start, n), page.dtype)
@@ -805,7 +1190,7 @@ class Samples(torch.utils.data.Dataset):
     inwards; a smaller image is one. They are computed, not listed: a million takes no memory.
 
     Args:
-        paths: files, or folders of bands, as list_images gives them.
+        paths: files, or folders of bands, as list_images gives them, or a list.
         in_chans: see read_image.
         bands: see read_image.
         tile_size: side of the windows; None for whole images.
@@ -813,11 +1198,12 @@ class Samples(torch.utils.data.Dataset):
 
     def __init__(self, paths: Sequence[str], in_chans: int = 3, bands: Sequence[int | str] | None = None,
                  tile_size: int | None = None):
-        self.paths, self.bands, self.tile_size = paths, bands, tile_size
+        self.paths = paths if isinstance(paths, Paths) else Paths.of(paths)
+        self.bands, self.tile_size = bands, tile_size
         self.in_chans = len(bands) if bands else in_chans
         self.dtype = None  # of the pixels, once it is known: then others are unreadable
         if tile_size:
-            self.sizes = np.array([self._size(path) for path in paths], np.int32)  # N x 2
+            self.sizes = np.array([self._size(path) for path in self.paths], np.int32)  # N x 2
             self.ends = (-(-self.sizes // tile_size)).prod(1, dtype=np.int64).cumsum()  # of the windows
 
     def _size(self, path: str) -> tuple[int, int]:
@@ -828,6 +1214,10 @@ class Samples(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if self.tile_size else len(self.paths)
+
+    def counts(self) -> np.ndarray:
+        """Samples of each image, N."""
+        return np.diff(self.ends, prepend=0) if self.tile_size else np.ones(len(self.paths), np.int64)
 
     def place(self, index: int) -> tuple[int, int, int]:
         """Of a sample: the number of its image, of its window in that, and how many that has."""
@@ -981,14 +1371,44 @@ def add_pixel_flags(add: Callable, tiles: bool = True) -> None:
 
 def load_samples(args: argparse.Namespace, process: Process, mean: Sequence[float],
                  std: Sequence[float]) -> Samples:
-    """The samples below --data_path by --in_chans, --bands and --tile_size; see set_pixels for the rest."""
+    """The samples below --data_path by --in_chans, --bands and --tile_size; see set_pixels for the rest.
+
+    The main process alone lists the files, in .tar archives too, and looks at sizes and pixels.
+    """
     check_bands(args)
-    paths = list_images(args.data_path, args.output_dir, bands=args.bands)
-    samples = Samples(paths, args.in_chans, args.bands, args.tile_size)
-    for line in set_pixels(samples, args, mean, std):
-        if process.is_main:
-            print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
+
+    def look() -> tuple[Samples, list[str], Sequence[float], Sequence[float]]:
+        paths = list_images(args.data_path, args.output_dir, bands=args.bands,
+                            archives=Path(args.output_dir) / "archives.npz")
+        samples = Samples(paths, args.in_chans, args.bands, args.tile_size)
+        return samples, set_pixels(samples, args, mean, std), args.mean, args.std
+
+    samples, lines, args.mean, args.std = from_main(process, look)
+    check_there(process, samples.paths, args.data_path)
+    for line in lines if process.is_main else []:
+        print(line, file=sys.stderr if line.startswith("warning") else sys.stdout, flush=True)
     return samples
+
+
+def check_there(process: Process, paths: Paths, root: str | Path, flag: str = "--data_path") -> None:
+    """Fails where a process does not see what the main process listed, and ends the others.
+
+    It looks for the folder, some of the files, and all archives, which may be copies made at another time.
+    """
+    lost = "" if os.path.isdir(root) else root
+    for i, (path, size, _) in enumerate(paths.archives):
+        stat = os.stat(path) if os.path.exists(path) else None
+        if stat and stat.st_size == size:
+            paths.archives[i] = path, size, stat.st_mtime_ns
+        else:
+            lost = lost or path
+    some = [path for path in paths[:: math.ceil(len(paths) / 16)] if not isinstance(path, Member)]
+    lost = lost or next((path for path in some if not os.path.lexists(path)), "")
+    if agree(process, bool(lost))[0]:
+        if not lost:
+            raise SystemExit(2)  # another process says why
+        fail(f"{flag} {lost}: not there on {platform.node()}, or not as the main process sees it: it has to "
+             "be the same on all machines")
 
 
 def to_float(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -1016,6 +1436,8 @@ class SkipUnreadable(torch.utils.data.Dataset):
         for other in _others(index, len(self.dataset)):
             try:
                 return self.dataset[epoch, other], messages
+            except ChangedArchiveError as error:
+                raise UnreadableImageError(str(error)) from None  # ends the run
             except UnreadableImageError as error:
                 messages.append(str(error))
         raise UnreadableImageError(f"{len(messages)} unreadable images in a row, the last: {messages[-1]}")
@@ -2127,6 +2549,22 @@ def check_alike(process: Process, **values: int) -> None:
         if others := {other[name] for other in everywhere} - {value}:
             fail(f"{name} is {value} here and {min(others)} in another process: --data_path and --output_dir "
                  "have to be the same folders on all machines")
+
+
+def from_main(process: Process, function: Callable[[], object]) -> object:
+    """What `function` returns in the main process, for all; if it fails, all end, with that one's line."""
+    if process.world_size == 1:
+        return function()
+    answer, failure = [None, 0], None  # what it returns, exit code
+    if process.is_main:
+        try:
+            answer[0] = function()
+        except BaseException as error:
+            failure, answer[1] = error, error.code if isinstance(error, SystemExit) else 1
+    dist.broadcast_object_list(answer, 0, group=process.cpu_group)
+    if answer[1]:
+        raise failure or SystemExit(answer[1])
+    return answer[0]
 
 
 def agree(process: Process, *flags: bool) -> list[bool]:

@@ -45,12 +45,12 @@ In OUT: checkpoint.pth, backbone/ (the teacher's, for timm), log.jsonl, views.pn
 import argparse
 import copy
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 
+import numpy as np
 import timm.layers
 import torch
 import torch.distributed as dist
@@ -247,7 +247,7 @@ class ViewDataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, samples: Samples, views: list[View], seed: int,
-                 locations: list[list[int]] | None = None):
+                 locations: Sequence[list[int]] | None = None):
         self.samples, self.views, self.seed, self.locations = samples, views, seed, locations
 
     def __len__(self) -> int:
@@ -455,23 +455,42 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def group_locations(samples: Samples, args: argparse.Namespace) -> list[list[int]] | None:
-    """Numbers of the dates of each place: the images of a folder, window by window; None: no such mode."""
+class Locations(Sequence):
+    """Places: `locations[i]` are the numbers of the dates of one, in an array that all of them share.
+
+    Args:
+        order: numbers of all samples, those of a place one after the other.
+        ends: of the places in it.
+    """
+
+    def __init__(self, order: np.ndarray, ends: np.ndarray):
+        self.order, self.ends = order, ends
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, index: int) -> list[int]:
+        return self.order[self.ends[index - 1] if index else 0 : self.ends[index]].tolist()
+
+
+def group_locations(samples: Samples, args: argparse.Namespace) -> Locations | None:
+    """The dates of each place: the images of a folder, window by window; None: no such mode."""
     if args.mode != "tp" and not args.one_date_per_location:
         return None
-    locations = {}
-    for index in range(len(samples)):
-        image, window, windows = samples.place(index)
-        # Windows of dates of different sizes would not show the same place.
-        locations.setdefault((os.path.dirname(samples.paths[image]), window, windows), []).append(index)
-    folders = {folder for folder, *_ in locations}
-    if len(folders) == 1:
+    folders, counts = samples.paths.folder_ranks(), samples.counts()
+    if (folders == folders[0]).all():
         common.fail(f"--data_path {args.data_path}: all images are in one folder; tp and "
                     "--one_date_per_location want the dates of each place in a folder of its own")
-    if max(map(len, locations.values())) == 1:
+    window = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    # Windows of dates of different sizes would not show the same place.
+    places = np.stack([np.repeat(folders, counts), window, np.repeat(counts, counts)])  # 3 x samples
+    order = np.lexsort(places[::-1])  # by folder, window, number of windows; dates keep their order
+    differ = (np.diff(places[:, order]) != 0).any(0)
+    ends = np.append(np.flatnonzero(differ) + 1, len(order))
+    if len(ends) == len(order):
         common.fail(f"--data_path {args.data_path}: every folder has one image; tp and "
                     "--one_date_per_location want the dates of a place in a folder of its own")
-    return [locations[place] for place in sorted(locations)]
+    return Locations(order, ends)
 
 
 def feature_width(backbone: nn.Module, arch: str, sizes: Sequence[int], multiple: int,

@@ -48,6 +48,7 @@ import math
 import re
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -241,6 +242,24 @@ class Sample(NamedTuple):
     difficult: Tensor  # N bool: in the evaluation they do not count, found or not
 
 
+class SampleList(Sequence):
+    """Images and their objects: `samples[i]` is a Sample, made of arrays that all of them share."""
+
+    def __init__(self, samples: Sequence[Sample]):
+        self.paths = common.Paths.of([sample.path for sample in samples])
+        self.sizes = np.array([sample.size for sample in samples])  # N x 2
+        self.ends = np.cumsum([len(sample.labels) for sample in samples])  # of their objects
+        self.objects = [torch.cat(column) for column in list(zip(*samples, strict=True))[2:]]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Sample:
+        i = range(len(self))[index]
+        own = slice(self.ends[i - 1] if i else 0, self.ends[i])
+        return Sample(self.paths[i], tuple(self.sizes[i].tolist()), *(column[own] for column in self.objects))
+
+
 def parse_label(line: str, yolo: bool, size: tuple[int, int]) -> tuple[np.ndarray, str, bool] | None:
     """A line of a label file -> corners 4 x 2 in pixels, class, difficult; None for a line of DOTA's head.
 
@@ -308,7 +327,7 @@ def read_part(images: Path, labels: Path, yolo: bool, args: argparse.Namespace) 
 
 
 def load_data(parts: list[tuple[Path, Path, bool]],
-              args: argparse.Namespace) -> tuple[list[Sample], list[Sample], list[str]]:
+              args: argparse.Namespace) -> tuple[SampleList, SampleList, list[str]]:
     """Training and test images and the classes' names, of find_part's folders; sets args.boxes if auto."""
     train, test = (read_part(*part, args) for part in parts)
     named, file = not parts[0][2], Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
@@ -332,7 +351,7 @@ def load_data(parts: list[tuple[Path, Path, bool]],
                       torch.tensor([numbers[name] for _, name, _ in objects], dtype=torch.long),
                       torch.tensor([difficult for *_, difficult in objects], dtype=torch.bool))
                for (path, size, objects), own in zip(train + test, corners, strict=True)]
-    return samples[: len(train)], samples[len(train) :], classes
+    return SampleList(samples[: len(train)]), SampleList(samples[len(train) :]), classes
 
 
 def windows_of(size: tuple[int, int], img_size: int) -> list[tuple[int, int]]:
@@ -358,10 +377,10 @@ class BoxWindows(torch.utils.data.Dataset):
     with the mean. Pixels of another type than `dtype` are unreadable.
     """
 
-    def __init__(self, samples: list[Sample], S: int, mean: list[float], oriented: bool, seed: int,
+    def __init__(self, samples: Sequence[Sample], S: int, mean: list[float], oriented: bool, seed: int,
                  dtype: torch.dtype = torch.uint8, bands: list[int | str] | None = None):
         self.samples, self.S, self.oriented, self.seed, self.bands = samples, S, oriented, seed, bands
-        self.images = [i for i, sample in enumerate(samples) for _ in windows_of(sample.size, S)]
+        self.images = np.repeat(np.arange(len(samples)), [len(windows_of(x.size, S)) for x in samples])
         self.most = max(len(sample.labels) for sample in samples)
         fill = torch.tensor(mean).view(-1, 1, 1)
         self.fill = (255 * fill).round().byte() if dtype == torch.uint8 else fill
@@ -683,7 +702,7 @@ def average_precision(verdict: np.ndarray, boxes: int) -> tuple[float, float]:
     return 100 * float(area), 100 * float(np.mean(points))
 
 
-def evaluate(found: dict[int, Found], samples: list[Sample], classes: list[str], oriented: bool) -> dict:
+def evaluate(found: dict[int, Found], samples: Sequence[Sample], classes: list[str], oriented: bool) -> dict:
     """Average precision in %, mean over the classes that the images hold, and by class."""
     thresholds = [0.5, 0.75] if oriented else np.arange(0.5, 1, 0.05).round(2).tolist()
     per_class = {}
@@ -723,7 +742,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, args: argparse.Name
     return pil_to_tensor(picture).float() / 255
 
 
-def draw_examples(found: dict[int, Found], samples: list[Sample], pixels: common.Samples,
+def draw_examples(found: dict[int, Found], samples: Sequence[Sample], pixels: common.Samples,
                   args: argparse.Namespace) -> None:
     """Writes examples.png, of up to 8 images: the truth, and what was found with a score above .3.
 
@@ -763,7 +782,7 @@ def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float
     return common.cosine_schedule(args.lr, args.lr, step, run.total_steps, warmup_steps) * 0.1**drops
 
 
-def train(detector: Detector, samples: list[Sample], dtype: torch.dtype, report: str,
+def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, report: str,
           args: argparse.Namespace, process: Process) -> bool:
     """Trains a detector on images of pixels of `dtype`; returns True when all steps are done."""
     dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,
@@ -805,11 +824,16 @@ def train(detector: Detector, samples: list[Sample], dtype: torch.dtype, report:
 def compare(args: argparse.Namespace, process: Process) -> None:
     """Trains and evaluates a detector on each of --weights, and writes the results."""
     out, lines = common.make_output_dir(args.output_dir, process), []
-    parts = [find_part(Path(args.data_path), *names) for names in (("train",), ("val", "test"))]
-    paths = common.list_images(parts[0][0], args.output_dir, bands=args.bands)
+
+    def find() -> tuple[list[tuple[Path, Path, bool]], common.Paths]:
+        parts = [find_part(Path(args.data_path), *names) for names in (("train",), ("val", "test"))]
+        return parts, common.list_images(parts[0][0], args.output_dir, bands=args.bands)
+
+    parts, paths = common.from_main(process, find)
+    common.check_there(process, paths, args.data_path)
     backbones = prepare(args, process, paths)
-    train_samples, test_samples, classes = load_data(parts, args)
-    common.check_alike(process, training_images=len(train_samples), test_images=len(test_samples))
+    train_samples, test_samples, classes, args.boxes = common.from_main(
+        process, lambda: (*load_data(parts, args), args.boxes))
     detectors = []
     for name, backbone in zip(args.weights, backbones, strict=True):
         own = argparse.Namespace(**vars(args))
@@ -828,7 +852,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
             if process.is_main:
                 print(f"no result before the last step: {own.output_dir}")
             return
-        pixels = common.Samples([sample.path for sample in test_samples], own.in_chans, own.bands)
+        pixels = common.Samples(test_samples.paths, own.in_chans, own.bands)
         pixels.dtype = backbone.dtype
         found = detect_all(detector, pixels, own, process)
         if not process.is_main:
@@ -878,7 +902,9 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     backbone = build(str(source), state, info, args.mean, args.std, dtype, args)
     detector = build_detector(backbone.model, len(saved["classes"]), args)
     detector.head.load_state_dict(saved["head"])
-    paths = common.list_images(args.predict, args.output_dir, flag="--predict", bands=args.bands)
+    paths = common.from_main(process, partial(common.list_images, args.predict, args.output_dir,
+                                              flag="--predict", bands=args.bands))
+    common.check_there(process, paths, args.predict, "--predict")
     samples = common.Samples(paths, args.in_chans, args.bands)
     samples.dtype = dtype
     out = common.make_output_dir(args.output_dir, process) / "predictions"

@@ -260,20 +260,36 @@ def read_dates(paths: Sequence[str], samples: common.Samples,
     return torch.stack(dates)
 
 
-def match_files(root: Path, parts: Sequence[str], args: argparse.Namespace) -> list[tuple[str, ...]]:
-    """Files of the same stem in the folders `parts` of `root`: a tuple of paths for each stem."""
-    found, flag = [], "--predict" if args.predict else "--data_path"
+class Files(Sequence):
+    """Files that belong together: `files[i]` is a tuple of paths, made of the Paths of each kind."""
+
+    def __init__(self, kinds: Sequence[common.Paths]):
+        self.kinds = kinds
+
+    def __len__(self) -> int:
+        return len(self.kinds[0])
+
+    def __getitem__(self, index: int | slice) -> "tuple[str, ...] | Files":
+        own = [paths[index] for paths in self.kinds]
+        return Files(own) if isinstance(index, slice) else tuple(own)
+
+
+def match_files(root: Path, parts: Sequence[str], args: argparse.Namespace) -> Files:
+    """Files of the same stem in the folders `parts` of `root`."""
+    kinds, found, flag = [], [], "--predict" if args.predict else "--data_path"
     for part in parts:
         bands = args.bands if part not in ("masks", "label", "OUT") else None
         paths = common.list_images(root / part, args.output_dir, flag=flag, bands=bands)
-        found.append({stem(path, root / part): path for path in paths})
+        kinds.append(paths)
+        found.append({stem(path, root / part): i for i, path in enumerate(paths)})
         if len(found[-1]) < len(paths):
             common.fail(f"{flag} {root / part}: has two files of one stem")
     for part, own in zip(parts, found, strict=True):
         if lacking := sorted(set().union(*found) - own.keys()):
             common.fail(f"{flag} {root / part}: lacks {len(lacking)} files that are in "
                         f"{' or '.join(other for other in parts if other != part)}: {', '.join(lacking[:3])}")
-    return [tuple(own[key] for own in found) for key in sorted(found[0])]
+    return Files([paths[np.array([own[key] for key in sorted(own)])]
+                  for paths, own in zip(kinds, found, strict=True)])
 
 
 def stem(path: str, root: Path) -> str:
@@ -286,12 +302,12 @@ def stem(path: str, root: Path) -> str:
 class Data:
     """The data set: tuples of image and mask, or of date A, date B and label."""
 
-    train: list[tuple[str, ...]]
-    test: list[tuple[str, ...]]
+    train: Files
+    test: Files
     split: str
     classes: Classes
-    sizes: list[tuple[int, int]]  # of the training masks
-    changed: list[int]  # the training pairs with change
+    sizes: np.ndarray  # N x 2: height and width of the training masks
+    changed: np.ndarray  # numbers of the training pairs with change
     samples: common.Samples  # the training images, one by one
 
 
@@ -344,7 +360,15 @@ def load_data(args: argparse.Namespace) -> Data:
     if change and not changed:
         common.fail(f"--data_path {root}: no training label holds a change")
     samples = common.Samples([path for *paths, _ in files[0] for path in paths], args.in_chans, args.bands)
-    return Data(*files, f"train/{name}", classes, list(sizes[:n]), changed, samples)
+    return Data(*files, f"train/{name}", classes, np.array(sizes[:n]), np.array(changed, np.int64), samples)
+
+
+def load_measured(args: argparse.Namespace) -> tuple[Data, common.PixelStats]:
+    """The data set, and what measure_pixels finds in its training images."""
+    data = load_data(args)
+    found = common.measure_pixels(data.samples)
+    data.samples.dtype = found.dtype
+    return data, found
 
 
 def pad(images: Tensor, height: int, width: int) -> Tensor:
@@ -384,7 +408,7 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __init__(self, data: Data, img_size: int, seed: int):
         self.data, self.img_size, self.seed = data, img_size, seed
-        counts = [max(1, round(H * W / img_size**2)) for H, W in data.sizes]
+        counts = [max(1, round(H * W / img_size**2)) for H, W in data.sizes.tolist()]
         self.images = np.repeat(np.arange(len(counts)), counts)
 
     def __len__(self) -> int:
@@ -395,9 +419,9 @@ class CropDataset(torch.utils.data.Dataset):
         (epoch, index), data = key, self.data
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "crop", epoch, index))
         image = int(self.images[index])
-        wants_change = bool(data.changed) and bool(torch.rand(()) < 0.5)
+        wants_change = len(data.changed) > 0 and bool(torch.rand(()) < 0.5)
         if wants_change and image not in data.changed:
-            image = data.changed[int(torch.randint(len(data.changed), ()))]
+            image = int(data.changed[int(torch.randint(len(data.changed), ()))])
         *paths, label = data.train[image]
         mask = read_mask(label, data.classes)
         for attempt in range(100):
@@ -795,8 +819,10 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     model.head.load_state_dict(saved["head"])
     common.to_device(model, process.device).eval()
     parts = ("A", "B") if saved["K"] == 1 else (".",)
-    files, out = match_files(root, parts, args), common.make_output_dir(args.output_dir, process) / "masks"
-    samples = common.Samples([paths[0] for paths in files], args.in_chans, args.bands)
+    files = common.from_main(process, partial(match_files, root, parts, args))
+    common.check_there(process, files.kinds[0], root, "--predict")
+    out = common.make_output_dir(args.output_dir, process) / "masks"
+    samples = common.Samples(files.kinds[0], args.in_chans, args.bands)
     samples.dtype = torch.uint8 if saved["is_uint8"] else torch.float32
     if process.is_main:
         print(report)
@@ -847,10 +873,9 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     folders = [out / re.sub(r"[^\w.-]+", "_", name).strip("_.") for name in args.weights]
     if len(set(folders)) < len(folders):
         common.fail(f"--weights {' '.join(args.weights)}: two of them would share a folder in --output_dir")
-    data, prepared, lines = load_data(args), [], []
-    K, found = 1 if data.classes is CHANGE else len(data.classes.names), common.measure_pixels(data.samples)
-    data.samples.dtype = found.dtype
-    common.check_alike(process, training_images=len(data.train), test_images=len(data.test))
+    data, found = common.from_main(process, partial(load_measured, args))
+    common.check_there(process, data.samples.paths, args.data_path)
+    prepared, lines, K = [], [], 1 if data.classes.lut is None else len(data.classes.names)  # 1: change
     for name, folder in zip(args.weights, folders, strict=True):
         state, info = sources.get(name, borrowed)
         own = argparse.Namespace(**vars(args))

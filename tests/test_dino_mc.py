@@ -293,7 +293,8 @@ def test_locations_are_the_dates_of_a_folder_window_by_window(scenes):
     locations = {}
     for mode, one_date in (("mc", True), ("tp", False), ("mc", False)):
         args = Namespace(mode=mode, one_date_per_location=one_date, data_path=scenes)
-        locations[mode, one_date] = dino_mc.group_locations(samples, args)
+        groups = dino_mc.group_locations(samples, args)
+        locations[mode, one_date] = groups and list(groups)
     assert locations["mc", True] == locations["tp", False] and locations["mc", False] is None
     assert locations["tp", False] == [[3 * place + date for date in range(3)] for place in range(10)]
     tiles = common.Samples(samples.paths, tile_size=24)  # four windows of each image of 48 px

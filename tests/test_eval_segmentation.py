@@ -233,7 +233,7 @@ def test_an_image_counts_as_often_as_crops_fit_and_crops_depend_on_the_key_alone
 
 def test_half_the_crops_contain_change(dates):
     dataset = es.CropDataset(load(dates), 32, 0)
-    assert dataset.data.changed == [0]
+    assert list(dataset.data.changed) == [0]
     with_change = np.mean([bool((dataset[i // 24, i % 24][1] == 1).any()) for i in range(200)])
     assert 0.45 < with_change < 0.65  # without: one pair in six, a third of its crops
 

@@ -355,7 +355,7 @@ def test_a_folder_of_bands_is_the_image(tmp_path):
             (np.save if suffix == "npy" else tifffile.imwrite)(path, array)
         (tmp_path / place / "labels_B8.txt").touch()
     folders = common.list_images(tmp_path, bands=["B01", "B02"])
-    assert folders == [str(tmp_path / "x/S2A_1"), str(tmp_path / "x/S2A_2")]
+    assert list(folders) == [str(tmp_path / "x/S2A_1"), str(tmp_path / "x/S2A_2")]
     for folder in folders:
         image = read_image(folder, bands=["b01", "B02", "B8A"])
         assert image.shape == (3, 120, 120) and image.dtype == torch.float32
@@ -567,7 +567,7 @@ def test_folders_that_are_not_data(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     expected = [str(tmp_path / "a/x.png"), str(tmp_path / "b/x.png")]
-    assert common.list_images(tmp_path, exclude=tmp_path / "out") == expected
+    assert list(common.list_images(tmp_path, exclude=tmp_path / "out")) == expected
     data = {folder.name for folder in tmp_path.iterdir() if common.is_data(folder, tmp_path / "out")}
     assert data == {"a", "b"}
     for folder, reason in (("run", "holds log.jsonl"), ("export", "holds config.json and model.safetensors")):

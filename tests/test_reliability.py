@@ -474,17 +474,17 @@ def test_all_kinds_of_images_go_through_every_script(zoo, scenes, tmp_path, scri
 
 def test_folder_that_links_back_to_itself_is_listed_once(scenes, tmp_path):
     shutil.copytree(scenes / "val", tmp_path / "data")
-    before = common.list_images(tmp_path / "data")
+    before = list(common.list_images(tmp_path / "data"))
     os.symlink(tmp_path / "data", tmp_path / "data" / "loop")
     os.symlink(tmp_path, tmp_path / "data" / next((tmp_path / "data").iterdir()).name / "above")
-    assert common.list_images(tmp_path / "data") == before
+    assert list(common.list_images(tmp_path / "data")) == before
 
 
 def test_folders_that_are_no_data(run, capsys, scenes, tmp_path):
     shutil.copytree(scenes / "val", tmp_path / "data")
-    before = common.list_images(tmp_path / "data")
+    before = list(common.list_images(tmp_path / "data"))
     shutil.copytree(scenes / "val", tmp_path / "data" / ".ipynb_checkpoints")
-    assert common.list_images(tmp_path / "data") == before
+    assert list(common.list_images(tmp_path / "data")) == before
     flags = ["--data_path", tmp_path / "data", "--output_dir", tmp_path / "data", *tiny("mhcl")]
     refused(run, capsys, "mhcl", flags, "is --output_dir too; give another folder")
 
