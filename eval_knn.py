@@ -34,7 +34,8 @@ Differs from the authors' code:
 In OUTPUT_DIR: results.jsonl, a line for each of the weights, also printed below the table; neighbours.png,
 eight queries and the eight images nearest to each (green: a label is shared); features.png, images and the
 first three principal components of their last maps as colours. Without labels: the effective rank and the
-spread of the features. Both are low where features are nearly alike for all images.
+spread of the features of the training images. Both are low where features are nearly alike for all images;
+the rank is at most N and D.
 """
 
 import argparse
@@ -82,7 +83,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--nb_knn", type=positive(int), nargs="+", help="k; DINO-MC's authors took 5 10 15 20; default: 10 "
         "20 100 200, those up to N")
     add("--temperature", type=positive(float), default=0.07, help="tau; lower: the nearest count more")
-    add("--per_class", action=yes_no, default=False, help="add the accuracy of each class at the first k")
+    add("--per_class", action=yes_no, default=False, help="add the figure of each class at the first k")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=".", help="gets results.jsonl and the pictures")
@@ -124,6 +125,7 @@ def add_weights_flags(add: Callable) -> None:
 NB_KNN = [10, 20, 100, 200]  # DINO's k's
 RANK_IMAGES = 25_000  # RankMe's number for the effective rank
 FIGURES = {"top1": "top-1", "micro_ap": "micro AP", "macro_ap": "macro AP", "micro_f1": "micro F1"}
+NO_LABELS = "neither two class folders nor a labels.csv"
 GREEN, RED = (0.1, 0.7, 0.2), (0.9, 0.1, 0.1)
 SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
@@ -132,7 +134,7 @@ SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "test", "testi
 class Labelled:
     """Images and their labels: N class numbers, or multi-label N x C of 0 and 1, any number for an image."""
 
-    paths: Sequence[str]
+    paths: common.Paths
     labels: Tensor
 
     def __len__(self) -> int:
@@ -140,14 +142,15 @@ class Labelled:
 
     def part(self, mask: Tensor) -> "Labelled":
         """The images where `mask` (N) is true, in their order."""
-        return Labelled([self.paths[i] for i in mask.nonzero().flatten().tolist()], self.labels[mask])
+        return Labelled(self.paths[mask.nonzero().flatten().numpy()], self.labels[mask])
 
 
 def draw_share(labels: Tensor, share: float, *key: int | str, names: Sequence[str] | None = None,
                may_be_all: bool = False) -> Tensor:
     """True for about `share` of the images of each class, at least one of two: labels N or N x C -> N.
 
-    The rarest class draws first, and what it has decided on an image stays. Images without a class come last.
+    The rarest class draws first, and what it has decided on an image stays; images without a class draw as
+    one. Of one label each, a smaller share is a part of a larger.
 
     Args:
         labels: class numbers, or 0 and 1 for each class.
@@ -180,7 +183,7 @@ def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Pa
                bands: list[int | str] | None = None) -> tuple[Labelled, Labelled, list[str], str]:
     """Training and test images, the class names, and the split in words.
 
-    Of a folder with neither labels.csv nor class folders all images come as training images, of no class.
+    Of a folder with neither labels.csv nor two class folders all images come as training images, of no class.
     """
     root = Path(data_path)
     if not root.is_dir():
@@ -199,7 +202,7 @@ def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Pa
     if len(parts) == 1 and len(folders) < 2:
         paths = common.list_images(root, exclude, bands=bands)
         everything = Labelled(paths, torch.zeros(len(paths), dtype=torch.long))
-        return everything, Labelled([], everything.labels[:0]), [], "no labels"
+        return everything, everything.part(everything.labels < 0), [], "no labels"
     names, of_part = [], []
     for part in parts:
         own = {name: common.list_images(part / name, exclude, bands=bands)
@@ -211,10 +214,23 @@ def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Pa
             common.fail(f"--data_path {root}: {part.name}/ has classes that train/ lacks: "
                         + ", ".join(unknown))
         labels = [names.index(name) for name, paths in own.items() for _ in paths]
-        of_part.append(Labelled(sum(own.values(), []), torch.tensor(labels)))
+        paths = common.Paths.of([path for paths in own.values() for path in paths])
+        of_part.append(Labelled(paths, torch.tensor(labels)))
     if len(of_part) == 1:
         of_part = split_off(*of_part, names, val_fraction, split_seed)
     return *of_part, names, split
+
+
+def load_split_once(args: argparse.Namespace, process: Process) -> tuple[Labelled, Labelled, list[str], str]:
+    """As load_split by `args`: the main process reads, the others check that their files are there."""
+    found = common.from_main(process, lambda: load_split(
+        args.data_path, args.val_fraction, args.split_seed, Path(args.output_dir), args.bands))
+    common.check_there(process, found[0].paths, args.data_path)
+    if found[2] and found[1].labels.ndim == 2 and not found[1].labels.any():
+        common.fail(f"--data_path {args.data_path}: no test image has a label")
+    if process.is_main and found[3].startswith("labels.csv"):
+        print(f"{args.data_path}: {found[3]}")
+    return found
 
 
 def class_folders(root: Path, exclude: Path | None, bands: list[int | str] | None) -> list[str]:
@@ -241,34 +257,31 @@ def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path 
     Paths are relative to `root`; labels are joined by `|`. Where each image has one label they are classes.
     A split is train, val or test; without that column each class is split.
     """
-    file, root = root / "labels.csv", os.path.normpath(root)
-    left, names, parts = set(common.list_images(root, exclude, bands=bands)), [], []
-    paths = []
+    file, rows = root / "labels.csv", {}
+    found = {os.path.abspath(path): path for path in common.list_images(root, exclude, bands=bands)}
     with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
         try:
-            rows = csv.DictReader(text, strict=True)
-            if not {"path", "labels"} <= set(rows.fieldnames or []) <= {"path", "labels", "split"}:
-                common.fail(f"--data_path: {file} begins with {','.join(rows.fieldnames or [])}, not with "
-                            "path,labels or path,labels,split")
-            for row in rows:
-                where = f"--data_path: {file}, line {rows.line_num}"
+            table = csv.DictReader(text, strict=True)
+            columns = table.fieldnames or []
+            if not {"path", "labels"} <= set(columns) <= {"path", "labels", "split"}:
+                common.fail(f"--data_path: {file} begins with {','.join(columns)!r}, not with path,labels or "
+                            "path,labels,split")
+            for row in table:
+                where = f"--data_path: {file}, line {table.line_num}"
                 if None in row or None in row.values():
-                    common.fail(f"{where}: not {len(rows.fieldnames)} columns")
-                path = os.path.normpath(os.path.join(root, row["path"]))
-                if path not in left:
-                    twice = path in paths
-                    common.fail(f"{where}: {row['path']}: {'a second time' if twice else 'no such image'}")
-                left.remove(path)
-                paths.append(path)
-                names.append({name for name in map(str.strip, row["labels"].split("|")) if name})
-                parts.append(row.get("split", "").strip())
+                    common.fail(f"{where}: not {len(columns)} columns")
+                path = found.get(os.path.abspath(root / row["path"]))
+                if path is None or path in rows:
+                    common.fail(f"{where}: {row['path']!r}: {'no such image' if path is None else 'again'}")
+                labels = {name for name in map(str.strip, row["labels"].split("|")) if name}
+                rows[path] = labels, row.get("split", "").strip()
         except csv.Error as error:
-            common.fail(f"--data_path: {file}, line {rows.line_num}: {error}")
-    if left:
-        print(f"{len(left)} images are not in {file}, and left out")
+            common.fail(f"--data_path: {file}, line {table.reader.line_num}: {error}")
+    paths = sorted(rows)  # as class folders would have them
+    names, parts = [rows[path][0] for path in paths], [rows[path][1] for path in paths]
     classes = sorted(set().union(*names))
     if not classes or len(classes) < 2 and all(names):
-        common.fail(f"--data_path: {file} names {len(classes)} labels, two or more are needed")
+        common.fail(f"--data_path: {file} names {len(classes)} labels, two or more are needed (a|b are two)")
     number = {name: c for c, name in enumerate(classes)}
     if all(len(own) == 1 for own in names):
         labels = torch.tensor([number[name] for own in names for name in own])
@@ -276,9 +289,11 @@ def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path 
         labels = torch.zeros(len(names), len(classes))
         for row, own in zip(labels, names, strict=True):
             row[[number[name] for name in own]] = 1
-    images = Labelled(paths, labels)
-    if "split" not in rows.fieldnames:
-        split = f"labels.csv, {val_fraction:g} of each class, split_seed {split_seed}"
+    images, note = Labelled(common.Paths.of(paths), labels), ""
+    if len(rows) < len(found):
+        note = f", without {len(found) - len(rows)} images that it does not name"
+    if "split" not in columns:
+        split = f"labels.csv, {val_fraction:g} of each class, split_seed {split_seed}{note}"
         return *split_off(images, classes, val_fraction, split_seed), classes, split
     if unknown := sorted(set(parts) - {"train", "val", "test"}):
         common.fail(f"--data_path: {file}: split {unknown[0]!r}: train, val or test are allowed")
@@ -292,7 +307,9 @@ def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path 
     if missing := [name for name, a, b in zip(classes, *counts, strict=True) if b and not a]:
         common.fail(f"--data_path: {file}: split {test_name} has labels that train lacks: "
                     + ", ".join(missing))
-    return train, test, classes, f"labels.csv, train/{test_name}"
+    if rest := len(images) - len(train) - len(test):
+        note += f", without {rest} images of split test"
+    return train, test, classes, f"labels.csv, train/{test_name}{note}"
 
 
 @dataclass
@@ -383,9 +400,14 @@ def prepare(args: argparse.Namespace, process: Process, paths: Sequence[str],
     borrowed = next((info for _, info in sources.values()), {})
     common.check_bands(args, len(borrowed.get("mean", common.IMAGENET_MEAN)))
     samples = common.Samples(paths, args.in_chans, args.bands)
-    found = common.measure_pixels(samples, 32)
-    if args.in_chans != 3 or found.dtype != torch.uint8:
-        found = common.measure_pixels(samples)  # the values may serve
+
+    def measure() -> common.PixelStats:
+        found = common.measure_pixels(samples, 32)
+        if args.in_chans == 3 and found.dtype == torch.uint8:
+            return found
+        return common.measure_pixels(samples)  # the values may serve
+
+    found = common.from_main(process, measure)
     values = {name: pixel_values(name, info, found, process) for name, (_, info) in sources.items()}
     values = values or {"": pixel_values("", {}, found, process)}
     usual = next(iter(values.values()))
@@ -448,7 +470,7 @@ def build(name: str, state: dict, info: dict, mean: Sequence[float], std: Sequen
 
 def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of N x D features over the images; 1 where all images have the same."""
-    spread = x.std(0)
+    spread = x.std(0, correction=min(1, len(x) - 1))
     return x.mean(0), torch.where(spread > 1e-6 * x.abs().amax(0), spread, 1)
 
 
@@ -520,7 +542,8 @@ def knn_predict(train: Tensor, labels: Tensor, test: Tensor, ks: list[int], temp
     """
     multi_label, ascending = labels.ndim == 2, sorted(set(ks))
     C, predictions = labels.shape[1] if multi_label else int(labels.max()) + 1, []
-    for chunk in test.split(max(1, chunk_elements // max(len(train), C))):
+    of_query = max(len(train), C * ascending[-1] if multi_label else C)  # numbers held for a test image
+    for chunk in test.split(max(1, chunk_elements // of_query)):
         similarity, neighbours = (chunk @ train.T).topk(ascending[-1], dim=1)  # m x k, the nearest first
         weights = ((similarity - similarity[:, :1]) / temperature).exp()
         votes, of_k, counted = torch.zeros(len(chunk), C, device=test.device), {}, 0
@@ -552,12 +575,14 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
     return (hits.diff(prepend=hits.new_zeros(1)) * hits / above).sum().item() / hits[-1].item()
 
 
-def multi_label_figures(scores: Tensor, labels: Tensor) -> tuple[dict[str, float], list[float | None]]:
+def multi_label_figures(scores: Tensor, labels: Tensor,
+                        threshold: float = 0.5) -> tuple[dict[str, float], list[float | None]]:
     """Pooled over all images, in percent: average precision over all answers and as the mean over classes.
 
     Args:
-        scores: M x C from 0 to 1; F1 takes those above .5 for a yes.
+        scores: M x C.
         labels: M x C of 0 and 1.
+        threshold: F1 takes scores above it for a yes.
 
     Returns:
         micro_ap; macro_ap, over the classes with an image; micro_f1; and the average precision of each class.
@@ -567,7 +592,7 @@ def multi_label_figures(scores: Tensor, labels: Tensor) -> tuple[dict[str, float
     of_class = [100 * average_precision(s, y) if y.any() else None
                 for s, y in zip(scores.T, labels.T, strict=True)]
     present = [value for value in of_class if value is not None]
-    yes, true = scores > 0.5, labels > 0
+    yes, true = scores > threshold, labels > 0
     figures = {"micro_ap": 100 * average_precision(scores.flatten(), labels.flatten()),
                "macro_ap": sum(present) / len(present),
                "micro_f1": 200 * int((yes & true).sum()) / max(1, int(yes.sum() + true.sum()))}
@@ -581,7 +606,7 @@ def effective_rank(features: Tensor) -> float:
     RankMe: Q. Garrido et al., ICML 2023. Low where few directions carry all of the features.
     """
     share = torch.linalg.svdvals(features.float())
-    share = share / share.sum() + 1e-7
+    share = share / share.sum().clamp(min=1e-12) + 1e-7
     return math.exp(-(share * share.log()).sum())
 
 
@@ -634,7 +659,7 @@ def map_colours(maps: Tensor) -> Tensor:
 @torch.inference_mode()
 def save_features(path: Path, backbone: Backbone, images: CenterCrops, chosen: list[int],
                   process: Process) -> None:
-    """Writes a picture of the chosen images, two a row, each beside the colours of its last map."""
+    """Writes a picture of the chosen images, two a row if even, each beside the colours of its last map."""
     batch = torch.stack([images[i][0] for i in chosen])
     maps = backbone.model.forward_intermediates(
         batch.to(process.device), indices=1, norm=True, intermediates_only=True)[-1]
@@ -711,7 +736,7 @@ def evaluate(backbone: Backbone, train: Labelled, test: Labelled, classes: list[
         x = (x - center) / spread
     result = {"train_images": N, "test_images": len(x) - N} if classes else {"images": N}
     if process.is_main:
-        some = x[: N : math.ceil(N / RANK_IMAGES)]
+        some = x[torch.arange(min(N, RANK_IMAGES)) * N // min(N, RANK_IMAGES)]
         result |= {"effective_rank": round(effective_rank(some), 2),
                    "feature_std": round(common.feature_std(some).item(), 4)}
     x = F.normalize(x, dim=1)
@@ -735,14 +760,12 @@ def main() -> None:
     process = common.init_process(args.device)
     common.autocast(args.amp, process.device)  # before a network is built, whose attention it chooses
     out = common.make_output_dir(args.output_dir, process)
-    train, test, classes, split = load_split(args.data_path, args.val_fraction, args.split_seed, out,
-                                             args.bands)
-    common.check_alike(process, training_images=len(train), test_images=len(test))
+    train, test, classes, split = load_split_once(args, process)
     if not classes and (args.nb_knn or args.per_class):
-        common.fail(f"--nb_knn, --per_class: {args.data_path} has neither class folders nor a labels.csv")
+        common.fail(f"--nb_knn, --per_class: {args.data_path} has {NO_LABELS}")
     ks = choose_ks(args.nb_knn, len(train), "training images")
     if process.is_main and not classes:
-        print(f"{args.data_path} has neither class folders nor a labels.csv: label-free figures only")
+        print(f"{args.data_path} has {NO_LABELS}: label-free figures only")
     elif process.is_main and args.nb_knn is None and ks != NB_KNN:
         left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
         print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
@@ -753,7 +776,7 @@ def main() -> None:
         began = time.perf_counter()
         if process.is_main:
             print(backbone.report, flush=True)
-        suffix = f"_{re.sub(r'[^A-Za-z0-9.-]+', '_', name).strip('_.')}" if len(backbones) > 1 else ""
+        suffix = re.sub(r"[^A-Za-z0-9.-]+", "_", f"_{len(lines) + 1}_{name[-60:]}") * (len(backbones) > 1)
         result = evaluate(backbone, train, test, classes, args, process, suffix)
         lines.append({"task": "knn" if classes else "label-free", "weights": name,
                       "checkpoint_key": args.checkpoint_key,
@@ -791,7 +814,8 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
     for line in lines:
         print(f"{line['weights']:{width}}{line['effective_rank']:16.1f}{line['feature_std']:13.3f}")
     if tables:
-        print_classes(f"per class at k {tables[0][1][0]}", lines, classes)
+        name = "top-1" if tables[0][0] == "top1" else "average precision"
+        print_classes(f"{name} of each class at k {tables[0][1][0]}", lines, classes)
 
 
 def print_classes(title: str, lines: list[dict], classes: list[str]) -> None:

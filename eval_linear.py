@@ -114,7 +114,7 @@ def get_parser() -> argparse.ArgumentParser:
         default=0.0, help="strength of RandAugment in --finetune; 9 in CMID")
     add("--erase", type=unit(float), default=0.0, help="probability of a random box of noise in --finetune; "
         ".25 in CMID and DSPT")
-    add("--per_class", action=yes_no, default=False, help="print the accuracy of each class")
+    add("--per_class", action=yes_no, default=False, help="print the figure of each class")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=100, help="over the training images")
@@ -390,7 +390,7 @@ def metrics(confusion: Tensor) -> dict[str, float]:
 def figures_of(logits: Tensor, labels: Tensor) -> tuple[dict[str, float], list[float | None]]:
     """Figures in percent of M x C logits, and that of each class: its accuracy, or its average precision."""
     if labels.ndim == 2:
-        return eval_knn.multi_label_figures(logits.sigmoid(), labels)
+        return eval_knn.multi_label_figures(logits, labels, threshold=0)
     confusion = confusion_matrix(labels, logits.argmax(1), logits.shape[1])
     share = 100 * confusion.diag() / confusion.sum(1)
     return metrics(confusion), [None if math.isnan(x) else round(x, 3) for x in share.tolist()]
@@ -461,8 +461,9 @@ class TrainingFeatures:
 def held_out(labels: Tensor, split_seed: int) -> Tensor:
     """True for the images, N, of which the learning rate is chosen; fails where there are none."""
     held = draw_share(labels, HELD_OUT, split_seed, "held out")
-    if not held.any():
-        common.fail("--lrs: one image of each class is too few to choose among several; give one")
+    if not held.any() or labels.ndim == 2 and not labels[held].any():
+        common.fail("--lrs, --train_fraction: so few images of each class leave none to choose among several "
+                    "learning rates on; give one, or a larger fraction")
     return held
 
 
@@ -474,7 +475,7 @@ def choose_lr(features: TrainingFeatures, index: Tensor, C: int,
     logits = torch.einsum("nd,lcd->lnc", features.x[index[held]], W) + b.unsqueeze(1)  # L x N x C
     truth = features.labels[index[held]].cpu()
     name = "micro_ap" if truth.ndim == 2 else "top1"
-    found = [figures_of(of_lr.cpu(), truth)[0][name] for of_lr in logits]
+    found = [figures_of(of_lr.cpu(), truth)[0][name] if of_lr.isfinite().all() else 0.0 for of_lr in logits]
     lr = args.lrs[max(range(len(found)), key=found.__getitem__)]
     if features.process.is_main and lr in (min(args.lrs), max(args.lrs)):
         print(f"warning: the best learning rate, {lr:g}, is at the end of --lrs", file=sys.stderr)
@@ -508,7 +509,7 @@ def probe(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str
 
 
 def fraction_of(train: Labelled, share: float, classes: list[str], args: argparse.Namespace) -> Tensor:
-    """True for the images of a --train_fraction, N; a smaller one is a part of a larger."""
+    """True for the images of a --train_fraction, N."""
     return draw_share(train.labels, share, args.split_seed, "fraction", names=classes, may_be_all=True)
 
 
@@ -633,8 +634,9 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     backbone = eval_knn.build(name, state, info, info["mean"], info["std"], dtype, args)
     if head["n_last_blocks"]:
         backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
-    paths = common.list_images(args.predict, out, flag="--predict", bands=args.bands)
-    common.check_alike(process, images=len(paths))
+    paths = common.from_main(process, lambda: common.list_images(
+        args.predict, out, flag="--predict", bands=args.bands))
+    common.check_there(process, paths, args.predict, "--predict")
     if process.is_main:
         print(backbone.report)
     x, index = extract_features(backbone, CenterCrops(paths, backbone), args, process, may_lose=1.0)
@@ -694,11 +696,9 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
 
 def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     """Probes or fine-tunes each of --weights, and writes the results."""
-    train, test, classes, split = eval_knn.load_split(args.data_path, args.val_fraction,
-                                                      args.split_seed, out, args.bands)
-    common.check_alike(process, training_images=len(train), test_images=len(test))
+    train, test, classes, split = eval_knn.load_split_once(args, process)
     if not classes:
-        common.fail(f"--data_path {args.data_path}: neither class folders nor a labels.csv")
+        common.fail(f"--data_path {args.data_path}: has {eval_knn.NO_LABELS}")
     if not args.finetune and len(args.lrs) > 1:  # before any work
         held_out(train.labels[fraction_of(train, min(args.train_fraction), classes, args)], args.split_seed)
     backbones = eval_knn.prepare(args, process, train.paths, args.drop_path)

@@ -144,11 +144,11 @@ def test_split_is_stratified_seeded_and_disjoint(scenes):
     one, two = (eval_knn.load_split(str(scenes / "train"), 0.34, 0) for _ in range(2))
     train, test, classes, split = one
     for a, b in zip(one[:2], two[:2], strict=True):
-        assert a.paths == b.paths and torch.equal(a.labels, b.labels)
+        assert list(a.paths) == list(b.paths) and torch.equal(a.labels, b.labels)
     assert len(classes) == 10 and len(train) == 20 and len(test) == 10 and "split_seed 0" in split
     assert test.labels.tolist() == list(range(10))
     assert len({*train.paths, *test.paths}) == 30
-    assert eval_knn.load_split(str(scenes / "train"), 0.34, 1)[1].paths != test.paths
+    assert eval_knn.load_split(str(scenes / "train"), 0.34, 1)[1].paths[0] != test.paths[0]
 
 
 def test_unreadable_images_are_left_out_and_counted(run, scenes, tmp_path, capsys):
@@ -315,17 +315,20 @@ def test_labels_of_a_file(run, scenes, tmp_path, capsys):
     train, test, classes, split = eval_knn.load_split(str(data), 0.34, 0)
     assert classes == ["x", "y"] and len(train) == 12 and test.labels.tolist().count(0) == 3
     assert all(label == int(path[-5]) % 2 for path, label in zip(test.paths, test.labels, strict=True))
-    assert f"2 images are not in {data}" in capsys.readouterr().out
+    assert split.endswith(", without 2 images that it does not name")
+    write_csv(data, [f"images/{i:02d}.png,{'xy'[i % 2]}" for i in range(17, -1, -1)])
+    again = eval_knn.load_split(str(data), 0.34, 0)[1]
+    assert list(again.paths) == list(test.paths)  # whatever the order of the rows
 
 
 @pytest.mark.parametrize("rows, header, words", [
     (["images/00.png"], "path,labels", "line 2: not 2 columns"),
     (["images/00.png,a,b"], "path,labels", "line 2: not 2 columns"),
-    (["images/00.png,a", "images/99.png,b"], "path,labels", "line 3: images/99.png: no such image"),
-    (["../out.png,a"], "path,labels", "line 2: ../out.png: no such image"),
-    (["images/00.png,a", "./images/00.png,b"], "path,labels", "line 3: ./images/00.png: a second time"),
-    (["images/00.png,a"], "path,label", "begins with path,label, not with path,labels or path,labels,split"),
-    ([], "", "begins with , not"),
+    (["images/00.png,a", "images/99.png,b"], "path,labels", "line 3: 'images/99.png': no such image"),
+    (["../out.png,a"], "path,labels", "line 2: '../out.png': no such image"),
+    (["images/00.png,a", "./images/00.png,b"], "path,labels", "line 3: './images/00.png': again"),
+    (["images/00.png,a"], "path,label", "begins with 'path,label', not with path,labels or"),
+    ([], "", "begins with '', not"),
     (["images/00.png,a", "images/01.png,a"], "path,labels", "names 1 labels, two or more"),
     (["images/00.png,a,train", "images/01.png,b,dev"], "path,labels,split", "split 'dev': train, val or"),
     (["images/00.png,a,train", "images/01.png,b,train"], "path,labels,split", "2 images of split train, 0"),
@@ -339,6 +342,18 @@ def test_wrong_files_of_labels_are_one_line(scenes, tmp_path, capsys, rows, head
         eval_knn.load_split(str(data), 0.2, 0)
     error = capsys.readouterr().err
     assert words in error and error.count("\n") == 1 and error.startswith("error: --data_path: "), error
+
+
+def test_test_images_without_any_label_are_refused_before_work(run, scenes, tmp_path, capsys):
+    data = write_multi_label(tmp_path / "data", scenes)
+    write_csv(data, ["images/00.png,a,train", "images/01.png,b|a,train", "images/02.png,,test"],
+              "path,labels,split")
+    flags = ["--data_path", data, "--output_dir", tmp_path, "--weights", "image_stats", "--num_workers", 0]
+    for script in ("eval_knn", "eval_linear"):
+        with pytest.raises(SystemExit):
+            run(script, *flags)
+        printed = capsys.readouterr()
+        assert "no test image has a label" in printed.err and "mean and std" not in printed.out
 
 
 def test_knn_of_several_labels(run, scenes, tmp_path, capsys):
@@ -409,20 +424,20 @@ def test_a_folder_without_labels_gets_pictures_and_figures(run, scenes, tmp_path
     flags = ["--data_path", data, "--output_dir", tmp_path / "out", "--num_workers", 0, "--img_size", 32]
     run("eval_knn", *flags, "--weights", "random", "image_stats", "--arch", arch)
     printed = capsys.readouterr().out
-    assert "neither class folders nor a labels.csv: label-free figures only" in printed
+    assert "neither two class folders nor a labels.csv: label-free figures only" in printed
     lines = lines_of(tmp_path / "out")
     for line in lines:
         assert line["task"] == "label-free" and line["images"] == 6 and "top1" not in line
         assert 1 <= line["effective_rank"] <= 6 and line["feature_std"] > 0
     names = {path.name for path in (tmp_path / "out").glob("*.png")}
-    assert names == {"neighbours_random.png", "features_random.png", "neighbours_image_stats.png"}
+    assert names == {"neighbours_1_random.png", "features_1_random.png", "neighbours_2_image_stats.png"}
     for more in (["--nb_knn", 1], ["--per_class"]):
         with pytest.raises(SystemExit):
             run("eval_knn", *flags, "--weights", "random", "--arch", arch, *more)
         assert "--nb_knn, --per_class: " in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("eval_linear", *flags, "--weights", "random", "--arch", arch)
-    assert "neither class folders nor a labels.csv" in capsys.readouterr().err
+    assert "has neither two class folders nor a labels.csv" in capsys.readouterr().err
 
 
 def test_frames_tell_whether_a_label_is_shared(run, tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -259,7 +260,7 @@ def test_split_does_not_depend_on_the_file_systems_order(scenes, monkeypatch):
     monkeypatch.setattr("os.walk", lambda *a, **k: ((f, d, n[::-1]) for f, d, n in list(walk(*a, **k))[::-1]))
     monkeypatch.setattr(type(scenes), "iterdir", lambda path: iter(sorted(iterdir(path), reverse=True)))
     again = eval_knn.load_split(str(scenes / "train"), 0.3, 0)
-    assert [part.paths for part in again[:2]] == [part.paths for part in expected[:2]]
+    assert [list(part.paths) for part in again[:2]] == [list(part.paths) for part in expected[:2]]
     assert_same([part.labels for part in again[:2]], [part.labels for part in expected[:2]])
 
 
@@ -518,7 +519,7 @@ def test_fractions_share_features_and_give_a_row_each(run, scenes, tmp_path, cap
     assert results_of(tmp_path / "alone")[0]["top1"] == lines[2]["top1"]
     saved, whole = (common.load_checkpoint(out / "head.pth") for out in (tmp_path, tmp_path / "alone"))
     assert torch.equal(saved["weight"], whole["weight"])  # of the largest fraction
-    for more, words in ((["--lrs", 1, 2], "one image of each class is too few to choose among several"),
+    for more, words in ((["--lrs", 1, 2], "leave none to choose among several learning rates"),
                         (["--finetune", "--train_fraction", 0.5, 1], "one with --finetune")):
         with pytest.raises(SystemExit):
             run("eval_linear", *flags_of(scenes, tmp_path, "--weights", "random", "--arch", "test_resnet",
@@ -551,6 +552,18 @@ def test_several_labels_from_training_to_prediction(run, scenes, tmp_path, flags
     assert line["per_class"] == pytest.approx(of_class, abs=0.01)
     for path, row in zip(test.paths, scores.tolist(), strict=True):
         assert rows[path]["labels"] == "|".join(n for n, p in zip(classes, row, strict=True) if p > 0.5)
+
+
+def test_confident_heads_are_ranked_and_broken_ones_not_chosen(monkeypatch):
+    """Logits whose sigmoids are 1 in float32 are no ties; a rate at which weights overflow does not win."""
+    logits, labels = torch.tensor([[30.0], [25], [20], [18]]), torch.tensor([[1.0], [1], [0], [0]])
+    figures, _ = eval_linear.figures_of(logits, labels)
+    assert figures == {"micro_ap": 100, "macro_ap": 100, "micro_f1": pytest.approx(200 * 2 / 6, abs=1e-3)}
+    x, labels = rand(40, 6), (rand(40, 3, seed=1) > 0).float()
+    features = SimpleNamespace(x=1e4 * x, labels=labels, at=lambda _: 1e4 * x, process=ALONE)
+    args = make_args("--epochs", 3, "--batch_size", 8, "--lrs", 1e-4, 1e38)
+    lr, choice = eval_linear.choose_lr(features, torch.arange(40), 3, args)
+    assert lr == 1e-4 and choice["held_out_micro_ap"]["1e+38"] == 0
 
 
 def test_mixing_gives_each_image_its_share_of_both_labels():
