@@ -257,26 +257,9 @@ def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path 
     Paths are relative to `root`; labels are joined by `|`. Where each image has one label they are classes.
     A split is train, val or test; without that column each class is split.
     """
-    file, rows = root / "labels.csv", {}
+    file = root / "labels.csv"
     found = {os.path.abspath(path): path for path in common.list_images(root, exclude, bands=bands)}
-    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
-        try:
-            table = csv.DictReader(text, strict=True)
-            columns = table.fieldnames or []
-            if not {"path", "labels"} <= set(columns) <= {"path", "labels", "split"}:
-                common.fail(f"--data_path: {file} begins with {','.join(columns)!r}, not with path,labels or "
-                            "path,labels,split")
-            for row in table:
-                where = f"--data_path: {file}, line {table.line_num}"
-                if None in row or None in row.values():
-                    common.fail(f"{where}: not {len(columns)} columns")
-                path = found.get(os.path.abspath(root / row["path"]))
-                if path is None or path in rows:
-                    common.fail(f"{where}: {row['path']!r}: {'no such image' if path is None else 'again'}")
-                labels = {name for name in map(str.strip, row["labels"].split("|")) if name}
-                rows[path] = labels, row.get("split", "").strip()
-        except csv.Error as error:
-            common.fail(f"--data_path: {file}, line {table.reader.line_num}: {error}")
+    rows, has_split = read_rows(file, found)
     paths = sorted(rows)  # as class folders would have them
     names, parts = [rows[path][0] for path in paths], [rows[path][1] for path in paths]
     classes = sorted(set().union(*names))
@@ -292,7 +275,7 @@ def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path 
     images, note = Labelled(common.Paths.of(paths), labels), ""
     if len(rows) < len(found):
         note = f", without {len(found) - len(rows)} images that it does not name"
-    if "split" not in columns:
+    if not has_split:
         split = f"labels.csv, {val_fraction:g} of each class, split_seed {split_seed}{note}"
         return *split_off(images, classes, val_fraction, split_seed), classes, split
     if unknown := sorted(set(parts) - {"train", "val", "test"}):
@@ -310,6 +293,34 @@ def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path 
     if rest := len(images) - len(train) - len(test):
         note += f", without {rest} images of split test"
     return train, test, classes, f"labels.csv, train/{test_name}{note}"
+
+
+def read_rows(file: Path, found: dict[str, str]) -> tuple[dict[str, tuple[set[str], str]], bool]:
+    """Labels and split of each image that the rows of labels.csv name; whether there is a column of splits.
+
+    found: absolute path -> path, of all images there are.
+    """
+    rows = {}
+    with open(file, newline="", encoding="utf-8-sig", errors="surrogateescape") as text:
+        try:
+            table = csv.DictReader(text, strict=True)
+            columns = table.fieldnames or []
+            if not {"path", "labels"} <= set(columns) <= {"path", "labels", "split"}:
+                common.fail(f"--data_path: {file} begins with {','.join(columns)!r}, not with path,labels or "
+                            "path,labels,split")
+            for row in table:
+                where = f"--data_path: {file}, line {table.line_num}"
+                if None in row or None in row.values():
+                    common.fail(f"{where}: not {len(columns)} columns")
+                path = found.get(os.path.abspath(file.parent / row["path"]))
+                if path is None or path in rows:
+                    common.fail(f"{where}: {row['path']!r}: "
+                                + ("no such image" if path is None else "named before"))
+                labels = {name for name in map(str.strip, row["labels"].split("|")) if name}
+                rows[path] = labels, row.get("split", "").strip()
+        except csv.Error as error:
+            common.fail(f"--data_path: {file}, line {table.reader.line_num}: {error}")
+    return rows, "split" in columns
 
 
 @dataclass

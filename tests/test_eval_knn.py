@@ -326,7 +326,7 @@ def test_labels_of_a_file(run, scenes, tmp_path, capsys):
     (["images/00.png,a,b"], "path,labels", "line 2: not 2 columns"),
     (["images/00.png,a", "images/99.png,b"], "path,labels", "line 3: 'images/99.png': no such image"),
     (["../out.png,a"], "path,labels", "line 2: '../out.png': no such image"),
-    (["images/00.png,a", "./images/00.png,b"], "path,labels", "line 3: './images/00.png': again"),
+    (["images/00.png,a", "./images/00.png,b"], "path,labels", "line 3: './images/00.png': named before"),
     (["images/00.png,a"], "path,label", "begins with 'path,label', not with path,labels or"),
     ([], "", "begins with '', not"),
     (["images/00.png,a", "images/01.png,a"], "path,labels", "names 1 labels, two or more"),
