@@ -380,7 +380,8 @@ def test_memory_of_a_worker_does_not_grow_with_the_names_it_reads():
         memory = [batch for batch, _ in common.build_loader(Touch(paths), sampler, 1, ALONE.device)]
         memory = [int(value) for batch in memory for value in batch if value]
         growth.append((memory[-1] - memory[0]) / 1024)
-    assert growth[0] < 4 < 8 < growth[1], growth  # MB; the list shows that it can be seen
+    # MB, to which a copy of a large process adds its own; the list shows that it can be seen.
+    assert growth[0] < 8 and growth[1] > growth[0] + 4, growth
     paths = Paths.of(names)
     assert paths.text.nbytes + paths.rows.nbytes + paths.folders.nbytes < len(paths) * (16 + 18)
 
