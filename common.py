@@ -12,6 +12,7 @@ import argparse
 import atexit
 import contextlib
 import copy
+import datetime
 import difflib
 import errno
 import functools
@@ -234,10 +235,10 @@ def init_process(device: str) -> Process:
         torch.cuda.set_device(local_rank)
     cpu_group = None
     if world_size > 1:
-        store = _store_of_this_start(rank, world_size)
+        store, wait = _store_of_this_start(rank, world_size), datetime.timedelta(days=1)  # for who lists
         dist.init_process_group("nccl" if name == "cuda" else "gloo", store=store, rank=rank,
-                                world_size=world_size)
-        cpu_group = dist.new_group(backend="gloo") if name == "cuda" else dist.group.WORLD
+                                world_size=world_size, timeout=None if name == "cuda" else wait)
+        cpu_group = dist.new_group(backend="gloo", timeout=wait) if name == "cuda" else dist.group.WORLD
     return Process(rank, world_size, torch.device(name, local_rank if name == "cuda" else 0), cpu_group)
 
 
@@ -543,6 +544,8 @@ def _archive_images(path: str, known: dict, flag: str) -> tuple[tuple[str, int, 
     # What tells an archive from all others and from its earlier self, and the images in it.
     try:
         stat = os.stat(path)
+        if not os.path.isfile(path):
+            raise ValueError("no plain file")
         key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns
         if key in known:
             return key, known[key]
@@ -587,7 +590,11 @@ def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
             if kind in b"LK":
                 own[b"path" if kind == b"L" else b"linkpath"] = data.split(b"\0")[0]
             else:
-                (shared if kind == b"g" else own).update(_pax_records(data, start))
+                records = _pax_records(data, start)
+                if kind in b"xX":
+                    own.update(records)
+                else:  # a path, target or size of all members is absurd
+                    shared.update((key, b"") for key in records if key.startswith(b"GNU.sparse"))
             continue
         more, own = {**shared, **own} if shared else own, {}
         prefix = head[345:500].split(b"\0")[0] if head[257:263] == b"ustar\0" else b""
@@ -673,6 +680,8 @@ def read_listings(path: Path) -> dict[tuple[str, int, int], Paths]:
     """What write_listings kept, by path, size and time; nothing where the file does not hold together."""
     try:
         with np.load(path, allow_pickle=False) as file:
+            if sum(entry.file_size for entry in file.zip.infolist()) > os.path.getsize(path):
+                return {}  # nothing is compressed
             text, rows, folders = (file[name] for name in ("text", "rows", "folders"))
             archives = [(str(name), int(size), int(time)) for name, size, time in
                         json.loads(file["archives"].tobytes())]
@@ -711,7 +720,7 @@ class Member(str):
         return io.BufferedReader(_Section(file, self.at, self.size), min(max(self.size, 1), 2**20))
 
 
-@functools.lru_cache(256)
+@functools.lru_cache(64)
 def _open_archive(path: str, *of_listing: int) -> io.FileIO:
     return open(path, "rb", buffering=0)
 
@@ -847,6 +856,8 @@ def _in_words(path: str | Path) -> Iterator[None]:
     except UnreadableImageError:
         raise
     except Exception as error:  # decoders raise almost anything on damaged bytes
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # not the image's fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not isinstance(error, (ValueError, OSError, RuntimeError)):  # a decoder gone astray
             reason = f"damaged ({type(error).__name__}: {reason})"
@@ -874,7 +885,9 @@ class _Raster:
 @contextlib.contextmanager
 def _opened(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> Iterator[_Raster]:
     suffix, is_member = os.path.splitext(path)[1].lower(), isinstance(path, Member)
-    if not is_member and os.path.isdir(path):
+    if not is_member and os.path.exists(path) and not os.path.isfile(path):
+        if not os.path.isdir(path):
+            raise ValueError("no plain file")
         raise ValueError(UNREAD_KINDS.get(suffix, "a folder: name the bands in it with --bands"))
     with path.open() if is_member else open(path, "rb") as file:
         head = file.read(16)
@@ -887,7 +900,8 @@ def _opened(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> Ite
         elif head.startswith(JP2_HEADS):
             yield _open_jp2(file)
         elif head.startswith(b"\x93NUMPY"):
-            yield _open_npy(io.BytesIO(file.read()) if is_member else path, in_chans, bands)
+            array = _npy_in_archive(path, file) if is_member else np.load(path, "r", allow_pickle=False)
+            yield _open_npy(array, in_chans, bands)
         else:
             yield _open_pillow(file)
 
@@ -977,8 +991,19 @@ def _open_jp2(file: BinaryIO) -> _Raster:
     return _Raster(bottom - top, right - left, bands, read, rgb=bands == 3)
 
 
-def _open_npy(file: str | Path | io.BytesIO, in_chans: int, bands: Sequence[int] | None) -> _Raster:
-    array = np.load(file, None if isinstance(file, io.BytesIO) else "r", allow_pickle=False)
+def _npy_in_archive(member: Member, file: BinaryIO) -> np.ndarray:
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"a .npy of version {version[0]}.{version[1]}, which is not read from an archive")
+    read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+    shape, is_fortran, dtype = read_header(file)
+    if dtype.hasobject or file.tell() + math.prod(shape) * dtype.itemsize > member.size:
+        raise ValueError("its numbers lie beyond its end" if not dtype.hasobject else "objects, not numbers")
+    order = "F" if is_fortran else "C"
+    return np.memmap(member.archive[0], dtype, "r", member.at + file.tell(), shape, order)
+
+
+def _open_npy(array: np.ndarray, in_chans: int, bands: Sequence[int] | None) -> _Raster:
     shape = " x ".join(map(str, array.shape))
     if array.ndim == 2:
         array = array[:, :, None]
@@ -1395,20 +1420,26 @@ def check_there(process: Process, paths: Paths, root: str | Path, flag: str = "-
 
     It looks for the folder, some of the files, and all archives, which may be copies made at another time.
     """
-    lost = "" if os.path.isdir(root) else root
-    for i, (path, size, _) in enumerate(paths.archives):
+    lost = "" if os.path.isdir(root) else str(root)
+    for i, (path, size, changed) in enumerate(paths.archives):
         stat = os.stat(path) if os.path.exists(path) else None
-        if stat and stat.st_size == size:
+        if stat and stat.st_size == size and (not process.is_main or stat.st_mtime_ns == changed):
             paths.archives[i] = path, size, stat.st_mtime_ns
         else:
             lost = lost or path
     some = [path for path in paths[:: math.ceil(len(paths) / 16)] if not isinstance(path, Member)]
     lost = lost or next((path for path in some if not os.path.lexists(path)), "")
-    if agree(process, bool(lost))[0]:
-        if not lost:
-            raise SystemExit(2)  # another process says why
+    losses = [lost]
+    if process.world_size > 1:
+        losses = [None] * process.world_size
+        dist.all_gather_object(losses, lost, group=process.cpu_group)
+    if any(losses):
+        if process.rank != next(rank for rank, other in enumerate(losses) if other):
+            raise SystemExit(2)  # the first that lacks something says what
+        if process.is_main:
+            fail(f"{flag} {lost}: changed since it was listed: start again")
         fail(f"{flag} {lost}: not there on {platform.node()}, or not as the main process sees it: it has to "
-             "be the same on all machines")
+             "be the same on all machines", everywhere=True)
 
 
 def to_float(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

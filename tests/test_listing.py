@@ -415,3 +415,39 @@ def test_one_process_lists_for_two(scenes, tmp_path):
     (data / "train.tar").write_bytes(b"\x1f\x8b")
     codes, text = Start(tmp_path / "b", "mhcl", *flags, "--output_dir", tmp_path / "run", processes=2).wait()
     assert codes == [2, 2] and len(text.splitlines()) == 1 and "train.tar: a compressed archive" in text
+
+
+def test_what_changes_between_listing_and_training_ends_the_start(tmp_path, scenes, capsys):
+    """An archive of the same size, whose images lie elsewhere now."""
+    data = pack(scenes / "train", tmp_path / "data")
+    paths = common.list_images(data, archives=tmp_path / "archives.npz")
+    common.check_there(ALONE, paths, data)
+    os.utime(data / "train.tar", ns=(1, 1))
+    with pytest.raises(SystemExit):
+        common.check_there(ALONE, paths, data)
+    assert "train.tar: changed since it was listed: start again" in capsys.readouterr().err
+
+
+def test_files_that_wait_for_ever_and_headers_that_promise_too_much(tmp_path, capsys):
+    """A pipe is no archive and no image; a .npy is as large as its member, whatever its header says."""
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(common.UnreadableImageError, match="no plain file"):
+        common.read_image(tmp_path / "pipe.png")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "x.tar").symlink_to(tmp_path / "pipe.png")
+    with pytest.raises(SystemExit):
+        common.list_images(tmp_path / "data", archives=tmp_path / "archives.npz")
+    assert "x.tar: no plain file" in capsys.readouterr().err
+    (tmp_path / "data" / "x.tar").unlink()
+    array, text = np.arange(5 * 7 * 3, dtype="f4").reshape(5, 7, 3), io.BytesIO()
+    np.save(tmp_path / "good.npy", np.asfortranarray(array))
+    np.lib.format.write_array_header_1_0(
+        text, {"descr": "|u1", "fortran_order": False, "shape": (30_000, 30_000, 3)})
+    (tmp_path / "large.npy").write_bytes(text.getvalue())
+    with tarfile.open(tmp_path / "data" / "y.tar", "w") as archive:
+        for name in ("good.npy", "large.npy"):
+            archive.add(tmp_path / name, name)
+    good, large = common.list_images(tmp_path / "data", archives=tmp_path / "archives.npz")
+    assert torch.equal(common.read_image(good), torch.from_numpy(array).permute(2, 0, 1))
+    with pytest.raises(common.UnreadableImageError, match="its numbers lie beyond its end"):
+        common.image_size(large)
