@@ -2623,16 +2623,17 @@ def to_picture(view: Tensor, mean: Sequence[float], std: Sequence[float], dtype:
     """
     if dtype != torch.uint8:  # as to_float: three deviations either way
         mean, std = [0.5] * len(mean), [1 / 6] * len(std)
-    view = view.float().cpu() * _per_band(std, view.cpu()) + _per_band(mean, view.cpu())
+    view = view.float().cpu()
+    view = view * _per_band(std, view) + _per_band(mean, view)
     return view[: 3 if len(view) > 2 else 1].clamp(0, 1).expand(3, -1, -1)
 
 
-def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float], std: Sequence[float],
-              dtype: torch.dtype = torch.uint8) -> Tensor:
+def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float] = (0, 0, 0),
+              std: Sequence[float] = (1, 1, 1), dtype: torch.dtype = torch.uint8) -> Tensor:
     """Writes a PNG with a row per image: its views, normalised C x h x w of any size, centred on white.
 
-    `mean`, `std` and `dtype` are those that normalize was given; see to_picture. Returns the picture,
-    3 x H x W in [0, 1].
+    `mean`, `std` and `dtype` are those that normalize was given, see to_picture; default: views are pictures
+    in [0, 1]. Returns the picture, 3 x H x W in [0, 1].
     """
     side = max(max(view.shape[1:]) for row in rows for view in row)
     grid = torch.ones(len(rows) * len(rows[0]), 3, side, side)

@@ -41,11 +41,9 @@ eleven points (VOC 2007, DOTA) and at higher IoU; predictions/, texts as DOTA's 
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -66,13 +64,11 @@ from tqdm import tqdm
 
 import common
 from common import Process, not_negative, positive
-from eval_knn import append_result, build, prepare
-from eval_segmentation import STRIDES, Pyramid, rescale, stem
+from eval_knn import append_result, build, load_saved, prepare
+from eval_segmentation import PREDICT_FLAGS, STRIDES, Pyramid, folder_name, rescale, stem, weights_digest
 
 SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
 CLIP_GRAD = 35.0  # greatest norm of the gradient, as in the papers
-PREDICT_FLAGS = "predict weights num_workers batch_size_per_gpu output_dir device amp".split()
-
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -139,11 +135,6 @@ def check_args(args: argparse.Namespace) -> None:
     if args.schedule and max(args.schedule) >= args.epochs:
         common.fail(f"--schedule {max(args.schedule)}: must be less than --epochs {args.epochs}")
     args.backbone_lr = args.backbone_lr or 0.3 * args.lr
-
-
-def folder_name(weights: str) -> str:
-    """Of one of several --weights, in --output_dir."""
-    return re.sub(r"[^\w.-]+", "_", weights).strip("_.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -755,7 +746,7 @@ def draw_examples(found: dict[int, Found], samples: Sequence[Sample], pixels: co
         kept = nms(boxes, scores, torch.zeros_like(labels), 0.5)
         rows.append([draw_boxes(image, samples[i].boxes, samples[i].labels, args),
                      draw_boxes(image, boxes[kept], labels[kept], args)])
-    common.save_grid(Path(args.output_dir) / "examples.png", rows, [0.0] * 3, [1.0] * 3)
+    common.save_grid(Path(args.output_dir) / "examples.png", rows)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -840,10 +831,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         own.weights, own.arch = [name], backbone.arch
         own.mean, own.std = list(backbone.mean), list(backbone.std)
         own.output_dir = str(out / folder_name(name) if len(backbones) > 1 else out)
-        digest = hashlib.blake2b(digest_size=8)  # a run is not resumed with other weights of the same name
-        for x in backbone.model.state_dict().values():
-            digest.update(x.numpy().tobytes())
-        own.weights_digest = digest.hexdigest()
+        own.weights_digest = weights_digest(backbone.model)
         detectors.append((build_detector(backbone.model, len(classes), own), own, backbone))
 
     for detector, own, backbone in detectors:
@@ -891,10 +879,7 @@ def print_table(lines: list[dict]) -> None:
 def predict(args: argparse.Namespace, process: Process) -> None:
     """Writes OUT/predictions, a text per image of the folder: a line of DOTA for each box, and its score."""
     source = Path(args.weights[0])
-    try:
-        saved = common.load_checkpoint(source / "detector.pth")
-    except ValueError as error:
-        common.fail(f"--weights {source}: give a folder that this script filled: {error}")
+    saved = load_saved(source, "detector.pth")
     vars(args).update(saved["args"])
     state, info = common.read_weights(str(source))
     args.mean, args.std = info["mean"], info["std"]

@@ -646,16 +646,15 @@ def save_neighbours(path: Path, rows: list[list[int]], images: CenterCrops, labe
     """
     pictures = []
     for query, *others in rows:
-        pictures.append([F.pad(images.picture(query), [4] * 4, value=1.0)])
-        for i in others:
-            framed = F.pad(images.picture(i), [4] * 4, value=1.0)
-            if labels is not None:
+        pictures.append([])
+        for i in [query, *others]:
+            colour = (1.0, 1.0, 1.0)
+            if labels is not None and i != query:
                 shared = labels[i] == labels[query] if labels.ndim == 1 else labels[i] * labels[query]
-                inside = F.pad(torch.ones_like(framed[:, 4:-4, 4:-4]), [4] * 4)
-                colour = torch.tensor(GREEN if shared.any() else RED).view(3, 1, 1)
-                framed = torch.where(inside > 0, framed, colour)
-            pictures[-1].append(framed)
-    common.save_grid(path, pictures, [0.0] * 3, [1.0] * 3)
+                colour = GREEN if shared.any() else RED
+            bands = zip(images.picture(i), colour, strict=True)
+            pictures[-1].append(torch.stack([F.pad(band, [4] * 4, value=value) for band, value in bands]))
+    common.save_grid(path, pictures)
 
 
 def map_colours(maps: Tensor) -> Tensor:
@@ -682,10 +681,10 @@ def save_features(path: Path, backbone: Backbone, images: CenterCrops, chosen: l
     maps = backbone.model.forward_intermediates(
         batch.to(process.device), indices=1, norm=True, intermediates_only=True)[-1]
     colours = F.interpolate(map_colours(maps.float().cpu()), batch.shape[-2:])
-    pairs = zip(map(images.picture, chosen), colours, strict=True)
-    cells = [picture for pair in pairs for picture in pair]
+    pictures = [common.to_picture(x, backbone.mean, backbone.std, backbone.dtype) for x in batch]
+    cells = [cell for pair in zip(pictures, colours, strict=True) for cell in pair]
     width = 4 if len(chosen) % 2 == 0 else 2
-    common.save_grid(path, [cells[i : i + width] for i in range(0, len(cells), width)], [0.0] * 3, [1.0] * 3)
+    common.save_grid(path, [cells[i : i + width] for i in range(0, len(cells), width)])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -715,12 +714,10 @@ def vote(x: Tensor, labels: Tensor, N: int, classes: list[str], args: argparse.N
         process: has a share of the test images.
     """
     ks = choose_ks(args.nb_knn, N, "training images that are readable")
-    own, truth = x[N:][process.rank :: process.world_size], labels[N:]
+    own, truth = x[N:].tensor_split(process.world_size)[process.rank], labels[N:]
     parts = gather(knn_predict(*(tensor.to(process.device) for tensor in (x[:N], labels[:N], own)), ks,
                                args.temperature).cpu(), process)
-    predicted = torch.empty(len(truth), *parts[0].shape[1:], dtype=parts[0].dtype)  # M x len(ks), or x C
-    for rank, part in enumerate(parts):
-        predicted[rank :: process.world_size] = part
+    predicted = torch.cat(parts)  # M x len(ks), or x C
     result = {}
     for i, k in enumerate(ks):
         if labels.ndim == 2:
@@ -737,17 +734,16 @@ def vote(x: Tensor, labels: Tensor, N: int, classes: list[str], args: argparse.N
     return result
 
 
-def evaluate(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str],
-             args: argparse.Namespace, process: Process, suffix: str) -> dict:
+def evaluate(backbone: Backbone, both: Labelled, N: int, classes: list[str], args: argparse.Namespace,
+             process: Process, suffix: str) -> dict:
     """Figures of a backbone; draws its pictures, whose names end with `suffix`.
 
-    Without test images they are the label-free ones alone.
+    `both`: N training images, then those to test on. Without classes there are label-free figures alone.
     """
-    images = CenterCrops([*train.paths, *test.paths], backbone)
+    images, labels = CenterCrops(both.paths, backbone), both.labels
     x, index = extract_features(backbone, images, args, process)
-    labels = torch.cat([train.labels, test.labels])
-    N = int((index < len(train)).sum())  # training images that are readable; behind them those to test on
-    if N == 0 or N == len(x) and len(test):
+    N = int((index < N).sum())  # those that are readable
+    if N == 0 or N == len(x) and classes:
         common.fail("no training image, or no test image, is readable", code=1)
     if isinstance(backbone.model, ImageStats):
         center, spread = center_and_spread(x[:N])
@@ -788,6 +784,7 @@ def main() -> None:
         left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
         print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
     backbones = prepare(args, process, train.paths)
+    both = Labelled(common.Paths.of([*train.paths, *test.paths]), torch.cat([train.labels, test.labels]))
 
     lines, versions = [], common.versions()
     for name, backbone in zip(args.weights, backbones, strict=True):
@@ -795,7 +792,7 @@ def main() -> None:
         if process.is_main:
             print(backbone.report, flush=True)
         suffix = re.sub(r"[^A-Za-z0-9.-]+", "_", f"_{len(lines) + 1}_{name[-60:]}") * (len(backbones) > 1)
-        result = evaluate(backbone, train, test, classes, args, process, suffix)
+        result = evaluate(backbone, both, len(train), classes, args, process, suffix)
         lines.append({"task": "knn" if classes else "label-free", "weights": name,
                       "checkpoint_key": args.checkpoint_key,
                       "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
@@ -809,6 +806,16 @@ def main() -> None:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)), flush=True)
     process.leave()
+
+
+def load_saved(folder: Path, name: str) -> dict:
+    """What an evaluation that trains left in its --output_dir for --predict."""
+    if not (folder / name).is_file():
+        common.fail(f"--weights {folder}: no {name} in it; give the --output_dir of a run of this script")
+    try:
+        return common.load_checkpoint(folder / name)
+    except ValueError as error:
+        common.fail(f"--weights {folder}: {name}: {error}")
 
 
 def append_result(out: Path, line: dict) -> None:

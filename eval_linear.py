@@ -617,12 +617,7 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     Of a multi-label head: path, labels above a probability of .5, joined by |, and that of each.
     """
     source = Path(args.weights[0])
-    if not (source / "head.pth").is_file():
-        common.fail(f"--weights {source}: no head.pth in it; give the --output_dir of a run of this script")
-    try:
-        head = common.load_checkpoint(source / "head.pth")
-    except ValueError as error:
-        common.fail(f"--weights {source}: head.pth: {error}")
+    head = eval_knn.load_saved(source, "head.pth")
     # Older heads have neither size nor bands and type of pixels.
     args.img_size, args.bands = args.img_size or head.get("img_size"), args.bands or head.get("bands")
     dtype = {"uint8": torch.uint8, "float32": torch.float32}.get(head.get("dtype"))

@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 import common
 from common import Process, not_negative, positive
-from eval_knn import append_result, pixel_values
+from eval_knn import append_result, load_saved, pixel_values
 
 STRIDES, POOLS = (4, 8, 16, 32), (1, 2, 3, 6)  # of the maps; sides that UPerNet pools to
 IGNORE, UNKNOWN = 255, 254  # in masks of class numbers: what does not count, what no class has
@@ -767,7 +767,7 @@ def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Pr
     if lost > 0.01 * len(data.test):
         common.fail(f"{lost} of {len(data.test)} test images are unreadable, more than 1 %", code=1)
     if process.is_main and rows:
-        common.save_grid(Path(args.output_dir) / "examples.png", rows, [0.0] * 3, [1.0] * 3)
+        common.save_grid(Path(args.output_dir) / "examples.png", rows)
     return figures(confusion, scores, model.K == 1) | {"test_images": len(data.test) - int(lost)}
 
 
@@ -806,12 +806,7 @@ def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> N
 def predict(args: argparse.Namespace, process: Process) -> None:
     """Writes a mask of each image of the folder to OUT/masks."""
     source, root = Path(args.weights[0]), Path(args.predict)
-    if not (source / "segmenter.pth").is_file():
-        common.fail(f"--weights {source}: holds no segmenter.pth; give a folder that this script filled")
-    try:
-        saved = common.load_checkpoint(source / "segmenter.pth")
-    except ValueError as error:
-        common.fail(f"--weights {source}: segmenter.pth: {error}")
+    saved = load_saved(source, "segmenter.pth")
     vars(args).update(saved["args"])
     name, classes = str(source) if args.arch else "pixels", Classes(*saved["classes"])
     pyramid, report = build_pyramid(name, *(common.read_weights(name) if args.arch else ({}, {})), args)
@@ -870,7 +865,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
                if name not in ("random", "pixels")}
     borrowed = {}, next((info for _, info in sources.values()), {})  # the baselines take after the first
     common.check_bands(args, len(borrowed[1].get("mean", common.IMAGENET_MEAN)))
-    folders = [out / re.sub(r"[^\w.-]+", "_", name).strip("_.") for name in args.weights]
+    folders = [out / folder_name(name) for name in args.weights]
     if len(set(folders)) < len(folders):
         common.fail(f"--weights {' '.join(args.weights)}: two of them would share a folder in --output_dir")
     data, found = common.from_main(process, partial(load_measured, args))
@@ -882,10 +877,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         own.weights, own.output_dir = [name], str(folder if len(folders) > 1 else out)
         own.mean, own.std = map(list, pixel_values(name, info, found, process))
         pyramid, report = build_pyramid(name, state, info, own)
-        digest = hashlib.blake2b(digest_size=8)  # a run is not resumed with other weights of the same name
-        for x in pyramid.state_dict().values():
-            digest.update(x.numpy().tobytes())
-        own.weights_digest = digest.hexdigest()
+        own.weights_digest = weights_digest(pyramid)
         prepared.append((own, pyramid, report))
 
     for own, pyramid, report in prepared:
@@ -907,6 +899,19 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     if process.is_main:
         print_table(lines)
         print("\n".join(map(json.dumps, lines)), flush=True)
+
+
+def folder_name(weights: str) -> str:
+    """Of one of several --weights, in --output_dir."""
+    return re.sub(r"[^\w.-]+", "_", weights).strip("_.")
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Tells weights from others of the same name, with which a run is not resumed."""
+    digest = hashlib.blake2b(digest_size=8)
+    for x in model.state_dict().values():
+        digest.update(x.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_segmenter(args: argparse.Namespace, data: Data, model: Segmenter) -> None:
