@@ -2423,6 +2423,15 @@ def build_optimizer(model: nn.Module, args: argparse.Namespace, **more: object) 
                                           weight_decay=args.weight_decay, **more)
 
 
+def _in_layout_of_parameters(optimizer: torch.optim.Optimizer) -> None:
+    # A checkpoint of networks not in channels_last has another order in memory, and on a CPU AdamW's fused
+    # kernel goes through parameter and state in that order.
+    for p, state in optimizer.state.items():
+        for name, x in state.items():
+            if isinstance(x, Tensor) and x.shape == p.shape:
+                state[name] = torch.empty_like(p, dtype=x.dtype).copy_(x)
+
+
 def to_device(model: nn.Module, device: torch.device) -> nn.Module:
     """Moves a network; convolutional ones to channels_last memory, in which they are faster."""
     model.to(device)
@@ -2755,6 +2764,8 @@ class Run:
         for name, part in self.stateful.items():
             if self.saved and self.saved[name]:  # the scaler has no state without fp16
                 part.load_state_dict(self.saved[name])
+            if isinstance(part, torch.optim.Optimizer):
+                _in_layout_of_parameters(part)
         self.saved = None
 
     def loader(self, dataset: torch.utils.data.Dataset) -> torch.utils.data.DataLoader:

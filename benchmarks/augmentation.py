@@ -1,6 +1,6 @@
 """DINO-MC's views of a JPEG of 256 px: what a worker costs, and the whole, against PIL and torchvision.
 
-Run it as `python benchmarks/augmentation.py`. The usual way does all in the workers, image by image and view
+Then the parts of what a worker does, and what one worker gives through the loader. Run it as `python benchmarks/augmentation.py`. The usual way does all in the workers, image by image and view
 by view, with torchvision's transforms on PIL images. Here the workers decode, crop, resize and flip in uint8,
 and colour is for the training device; in the second line that is the CPU. One thread. First, each operation
 has to give what torchvision gives on the same image, within 3 of 255 levels on average.
@@ -9,8 +9,10 @@ has to give what torchvision gives on the same image, within 3 of 255 levels on 
 import argparse
 import io
 import shutil
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -83,6 +85,30 @@ def draw_jpegs(folder: Path, number: int) -> list[str]:
     return sorted(map(str, folder.rglob("*.jpg")))[:number]
 
 
+def print_parts(dataset: dino_mc.ViewDataset, paths: list[str], encoded: list[bytes]) -> None:
+    """Milliseconds an image of decoding, reading, cropping, all of an item, and of 640 items by a worker."""
+    images = [common.read_image(path) for path in paths]
+    parts = {
+        "JPEG decoding": lambda: [Image.open(io.BytesIO(data)).load() for data in encoded],
+        "read_image": lambda: [common.read_image(path) for path in paths],
+        "crops": lambda: [dataset._crop(image, view) for image in images for view in VIEWS],
+        "item": lambda: [dataset[0, i] for i in range(len(paths))],
+    }
+    for name, part in parts.items():
+        times = []
+        for _ in range(15):
+            began = time.perf_counter()
+            part()
+            times.append(time.perf_counter() - began)
+        print(f"{name}: {1000 * statistics.median(times) / len(paths):.2f} ms an image")
+    keys = [(epoch, i) for epoch in range(-(-640 // len(paths))) for i in range(len(paths))]
+    loader = iter(torch.utils.data.DataLoader(dataset, batch_size=16, sampler=keys, num_workers=1))
+    next(loader)
+    began = time.perf_counter()
+    count = 16 * sum(1 for _ in loader)
+    print(f"one worker, through the loader: {1000 * (time.perf_counter() - began) / count:.2f} ms an image")
+
+
 def main() -> None:
     """Both comparisons, on drawn scenes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -96,7 +122,7 @@ def main() -> None:
             check(path)
         encoded = [Path(path).read_bytes() for path in paths]
         pil = [pil_transform(view) for view in VIEWS]
-        dataset = dino_mc.ViewDataset([[path] for path in paths], VIEWS, seed=0)
+        dataset = dino_mc.ViewDataset(common.Samples(paths), VIEWS, seed=0)
         generator = torch.Generator().manual_seed(0)
 
         def usual() -> None:
@@ -116,6 +142,7 @@ def main() -> None:
 
         compare(f"worker, {B} images", worker, usual, rounds=15)
         compare(f"whole augmentation, {B} images", whole, usual, rounds=15)
+        print_parts(dataset, paths, encoded)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python benchmarks/limit.py --data_path IMAGES
 
-Each script does a few steps of its own at 224 px. They are watched for the shapes of its matrix products and
-convolutions, forward and backward, which are then run alone, in bf16, each warm in the cache. Their sum is
-the limit; the figure is the median step over it. Waiting for data is left out.
+Each script does a few steps of its own, at 224 px and in the small recipe of compare.py. They are watched for
+the shapes of its matrix products and convolutions, forward and backward, which are then run alone, in bf16,
+each warm in the cache. Their sum is the limit; the figure is the median step over it. Waiting for data is
+left out. With --operators also the shares of the operators that take most of a step, by torch's profiler.
 """
 
 import argparse
@@ -25,12 +26,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.compare import METHODS
+
 STEPS = {
-    "DINO-MC, ViT-S/16, 4 images": "dino_mc --arch vit_small_patch16_224 --batch_size_per_gpu 4",
-    "MHCL, ResNet-50, 8 images": "mhcl --arch resnet50 --batch_size_per_gpu 8 --moco_k 4096",
-    "CMID, ResNet-50, 4 images": "cmid --arch resnet50 --batch_size_per_gpu 4 --moco_k 4096",
-    "DSPT, ViT-B/16, 8 images": "dspt_mae --arch vit_base_patch16_224 --batch_size_per_gpu 8",
-}
+    "DINO-MC, ViT-S/16, 4 images": "dino_mc.py --arch vit_small_patch16_224 --batch_size_per_gpu 4",
+    "MHCL, ResNet-50, 8 images": "mhcl.py --arch resnet50 --batch_size_per_gpu 8 --moco_k 4096",
+    "CMID, ResNet-50, 4 images": "cmid.py --arch resnet50 --batch_size_per_gpu 4 --moco_k 4096",
+    "DSPT, ViT-B/16, 8 images": "dspt_mae.py --arch vit_base_patch16_224 --batch_size_per_gpu 8",
+} | {f"{name}, small recipe": METHODS[name] for name in ("dino_mc", "mhcl", "cmid", "mae")}
 aten = torch.ops.aten
 BARE = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution,
                               aten.convolution_backward)}
@@ -87,28 +90,43 @@ def steps(flags: str, data: Path, count: int) -> list[float]:
     script, *words = flags.split()
     with tempfile.TemporaryDirectory() as out:
         words += ["--max_steps", count, "--data_path", data, "--output_dir", out, "--epochs", 100]
-        words += ["--log_every", 1, "--num_workers", 1, "--device", "cpu", "--img_size", 224]
+        words += ["--log_every", 1, "--num_workers", 1, "--device", "cpu"]
         sys.argv = [script, *map(str, words)]
         with contextlib.redirect_stdout(io.StringIO()):
-            importlib.import_module(script).main()
+            importlib.import_module(script.removesuffix(".py")).main()
         lines = [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
     return [line["step_seconds"] - line["data_seconds"] for line in lines if "step" in line]
 
 
+def operators(flags: str, data: Path, count: int) -> list[tuple[str, float]]:
+    """Operators and their shares of the time in all operators of a few steps, the most costly first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        steps(flags, data, count)
+    costs = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
+    return [(name, costs[name] / sum(costs.values())) for name in sorted(costs, key=costs.get, reverse=True)]
+
+
 def main() -> None:
-    """A line for each script."""
+    """A line for each script, with --operators another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data_path", type=Path, required=True, help="a folder of images")
     parser.add_argument("--steps", type=int, default=8, help="to time, after two")
+    parser.add_argument("--only", default="", help="steps whose name holds this")
+    parser.add_argument("--operators", type=int, default=0, help="so many of the most costly ones")
     args = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
     for name, flags in STEPS.items():
+        if args.only not in name:
+            continue
         step = statistics.median(steps(flags, args.data_path, args.steps + 2)[2:])
         with Watch() as watch:
             steps(flags, args.data_path, 2)
         limit = sum(count * seconds_of(*call) for call, count in watch.calls.items()) / 2
         print(f"{name}: {step:.2f} s a step, its bare products and convolutions {limit:.2f} s: "
               f"{step / limit:.2f} times the limit", flush=True)
+        if args.operators:
+            most = operators(flags, args.data_path, args.steps)[: args.operators]
+            print("    " + ", ".join(f"{operator} {share:.1%}" for operator, share in most), flush=True)
 
 
 if __name__ == "__main__":

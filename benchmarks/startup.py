@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-SCRIPTS = ("dino_mc.py", "mhcl.py", "cmid.py", "dspt_mae.py", "eval_knn.py", "eval_linear.py")
+SCRIPTS = ("dino_mc.py", "mhcl.py", "cmid.py", "dspt_mae.py", "eval_knn.py", "eval_linear.py",
+           "eval_segmentation.py", "eval_detection.py")
 
 
 def seconds(*command: str) -> float:

@@ -432,3 +432,47 @@ def test_tensorboard_that_is_absent_is_one_line(tmp_path, capsys, monkeypatch):
     fails("--tensorboard: the package tensorboard is not installed", 2, capsys, tmp_path, "--tensorboard")
     start(tmp_path, "--max_steps", 1)
     assert not (tmp_path / "events").exists()
+
+
+def test_checkpoint_of_another_memory_layout_is_resumed(tmp_path, train):
+    """On a CPU AdamW's fused kernel takes for granted that parameter, gradient and averages have one layout."""
+    flags = ["--arch", "test_resnet", "--max_steps"]
+    unbroken = train(tmp_path / "a", *flags, 6)
+    train(tmp_path / "b", *flags, 3)
+    path = tmp_path / "b" / "checkpoint.pth"
+    saved = torch.load(path, weights_only=True)
+    layouts = set()
+    for state in saved["optimizer"]["state"].values():
+        for name, x in state.items():
+            layouts.add(x.is_contiguous())
+            state[name] = x.contiguous()
+    assert layouts == {True, False}
+    torch.save(saved, path)
+    assert_same_state(train(tmp_path / "b", *flags, 6), unbroken)
+
+
+@pytest.mark.parametrize("accum_steps", [1, 2])
+def test_optimizer_steps_of_a_network_in_channels_last(accum_steps):
+    """As those of AdamW's plain loop on the same network in the usual layout."""
+    nets, steps = [], []
+    for device in (torch.device("cpu"), None):
+        torch.manual_seed(0)
+        nets.append(common.build_backbone("test_resnet", 32))
+        args = SimpleNamespace(optimizer="adamw", lr=0.1, weight_decay=0.1)
+        steps.append(common.build_optimizer(nets[-1], args))
+        if device:
+            common.to_device(nets[-1], device)
+        else:
+            steps[-1] = torch.optim.AdamW(steps[-1].param_groups, args.lr, foreach=False, fused=False)
+    assert any(not p.is_contiguous() for p in nets[0].parameters())
+    for _ in range(3):
+        for p, q in zip(*(net.parameters() for net in nets), strict=True):
+            for _ in range(accum_steps):
+                grad = torch.randn(p.shape)
+                (p * grad).sum().backward()
+                (q * grad).sum().backward()
+        for step in steps:
+            step.step()
+            step.zero_grad()
+    for p, q in zip(*(net.parameters() for net in nets), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
