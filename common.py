@@ -2706,6 +2706,10 @@ class Run:
     def __init__(self, args: argparse.Namespace, process: Process, samples: int, images: int,
                  free_flags: set[str] = FREE_FLAGS):
         self.args, self.process, self.samples, self.images = args, process, samples, images
+        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")  # as torch has it
+        if args.compile and process.device.type == "cpu" and not shutil.which(compiler):
+            fail(f"--compile: on a CPU torch needs a C++ compiler, and there is no {compiler}: install one, "
+                 "name it by CXX=, or leave the flag out")
         self.autocast = autocast(args.amp, process.device)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         self.effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size

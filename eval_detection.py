@@ -804,7 +804,7 @@ def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, rep
                 scaler.scale(loss / args.accum_steps).backward()
             terms.append(figures)
         grad_norm = common.grad_norm(optimizer, scaler)
-        nn.utils.clip_grad_norm_(detector.parameters(), CLIP_GRAD)
+        nn.utils.clip_grads_with_norm_(detector.parameters(), CLIP_GRAD, grad_norm)
         common.optimizer_step(optimizer, scaler)
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 

@@ -1,9 +1,10 @@
 """DINO-MC's views of a JPEG of 256 px: what a worker costs, and the whole, against PIL and torchvision.
 
-Then the parts of what a worker does, and what one worker gives through the loader. Run it as `python benchmarks/augmentation.py`. The usual way does all in the workers, image by image and view
-by view, with torchvision's transforms on PIL images. Here the workers decode, crop, resize and flip in uint8,
-and colour is for the training device; in the second line that is the CPU. One thread. First, each operation
-has to give what torchvision gives on the same image, within 3 of 255 levels on average.
+Then the parts of what a worker does, and what one worker gives through the loader. Run it as `python
+benchmarks/augmentation.py`. The usual way does all in the workers, image by image and view by view, with
+torchvision's transforms on PIL images. Here the workers decode, crop, resize and flip in uint8, and colour
+is for the training device; in the second line that is the CPU. One thread. First, each operation has to give
+what torchvision gives on the same image, within 3 of 255 levels on average.
 """
 
 import argparse

@@ -142,12 +142,20 @@ def test_script_trains_resumes_and_exports(run, scenes, tmp_path, script):
 
 
 @pytest.mark.parametrize("script", TRAINING)
-def test_bf16_is_close_to_full_precision_and_another(train, tmp_path, script):
-    losses = {}
+def test_bf16_is_close_to_full_precision_and_another(train, tmp_path, script, monkeypatch):
+    """Also resumed to the last bit; `auto` on a processor without it is as `off`."""
+    losses, saved = {}, {}
     for amp in ("off", "bf16"):
-        train(tmp_path / amp, "--amp", amp, "--max_steps", "2", "--log_every", "1", script=script)
+        saved[amp] = train(tmp_path / amp, "--amp", amp, "--max_steps", 2, "--log_every", 1, script=script)
         losses[amp] = [line["loss"] for line in read_log(tmp_path / amp) if "step" in line]
     assert losses["bf16"] == pytest.approx(losses["off"], rel=0.02) and losses["bf16"] != losses["off"]
+    for steps in (1, 2):
+        resumed = train(tmp_path / "resumed", "--amp", "bf16", "--max_steps", steps, script=script)
+    assert_same_state(resumed, saved["bf16"])
+    monkeypatch.setattr(common, "computes_bf16", lambda device: False)
+    saved["auto"] = train(tmp_path / "auto", "--amp", "auto", "--max_steps", 2, script=script)
+    assert_same_state(saved["auto"], saved["off"])
+    assert read_log(tmp_path / "auto")[0]["amp"] == "off"
 
 
 # ------------------------------------------------------------------ bad input: one line, before any work

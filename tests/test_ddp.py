@@ -7,7 +7,7 @@ import signal
 
 import pytest
 import torch
-from conftest import TRAINING, Start, assert_same, read_log, tiny, wait_for
+from conftest import TRAINING, Start, assert_same, assert_same_state, read_log, tiny, wait_for
 
 import common
 
@@ -84,6 +84,14 @@ def test_two_processes_that_stop_and_resume_equal_one_on_the_joint_batch(scenes,
 def toy(out, *flags, **more):
     words = ["--output_dir", out, "--device", "cpu", "--log_every", 1, *flags]
     return Start(out, "toy", *words, **{"processes": 2, **more})
+
+
+def test_two_processes_in_bf16_are_resumed_to_the_last_bit(scenes, tmp_path):
+    flags = ["--data_path", scenes / "train", *tiny("mhcl"), "--amp", "bf16", "--max_steps"]
+    for out, steps in (("a", 2), ("b", 1), ("b", 2)):
+        Start(tmp_path / out, "mhcl", *flags, steps, "--output_dir", tmp_path / out, processes=2).finish()
+    a, b = (common.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ab")
+    assert_same_state(a, b)
 
 
 def test_log_of_two_processes_holds_means_and_all_unreadable_images(tmp_path):

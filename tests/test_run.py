@@ -434,8 +434,14 @@ def test_tensorboard_that_is_absent_is_one_line(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "events").exists()
 
 
+def test_compile_without_a_compiler_is_refused_first(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    fails(r"^error: --compile: .* a C\+\+ compiler", 2, capsys, tmp_path / "a", "--compile")
+    assert not (tmp_path / "a").exists()
+
+
 def test_checkpoint_of_another_memory_layout_is_resumed(tmp_path, train):
-    """On a CPU AdamW's fused kernel takes for granted that parameter, gradient and averages have one layout."""
+    """On a CPU AdamW's fused kernel takes for granted that parameter and averages have the same."""
     flags = ["--arch", "test_resnet", "--max_steps"]
     unbroken = train(tmp_path / "a", *flags, 6)
     train(tmp_path / "b", *flags, 3)
