@@ -16,7 +16,8 @@ stride 4. Of two dates the head sees |f1 - f2| at each level, so their order can
 of any size are evaluated by overlapping windows.
 
     symbol    variable    flag (default)            what
-    B, D      B, D        batch_size_per_gpu (8)    crops per process and micro-batch; dates: 1, for change 2
+    B         B           batch_size_per_gpu (8)    crops per process and micro-batch
+    D         D           -                         dates: 1, or 2 for change
     C         in_chans    in_chans                  bands of a date
     S         img_size    img_size (512)            side of crops and windows
     K         K           -                         logits: one for each class; for change 1
@@ -32,10 +33,12 @@ change and two classes there is also the average precision of the last class (ap
 beside its share of the pixels.
 
 In OUT: results.jsonl gets a line for each of the weights; segmenter.pth, backbone/, examples.png (image,
-truth, prediction), log.jsonl and checkpoint.pth; several weights have a folder each. `--predict`: masks/.
+truth, prediction), log.jsonl and checkpoint.pth; several weights have a folder each. `--predict`:
+predictions/.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -43,7 +46,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -68,10 +71,13 @@ from eval_knn import append_result, load_saved, pixel_values
 
 STRIDES, POOLS = (4, 8, 16, 32), (1, 2, 3, 6)  # of the maps; sides that UPerNet pools to
 IGNORE, UNKNOWN = 255, 254  # in masks of class numbers: what does not count, what no class has
+WHOLE = slice(None), slice(None)  # rows and columns of a mask
 BINS = 4097  # of logits from -16 to 16, for the average precision
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # of a GeoTIFF: scale, tie points, matrix, keys
 SAVED_FLAGS = "arch img_size in_chans bands mean std head head_dim finetune".split()  # with the segmenter
-PREDICT_FLAGS = "predict weights num_workers batch_size_per_gpu output_dir device amp".split()
+SETTINGS = """checkpoint_key allow_partial patch_size drop_path epochs batch_size_per_gpu accum_steps lr
+    backbone_lr layer_decay weight_decay color_jitter seed""".split()  # also in a line of results
+PREDICT_FLAGS = "predict weights batch_size_per_gpu output_dir device amp".split()
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -86,8 +92,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--data_path", help="train/ and val/ (or test/), each with images/ and masks/, or A/, B/ and label/")
     add("--predict", help="instead: write masks of this folder's images, or of its A/ and B/")
     add("--classes", help="file that names the masks' numbers or colours; default: the numbers found")
-    add("--ignore", type=not_negative(int), nargs="*", default=[255], help="numbers without a name that do "
-        "not count")
+    add("--ignore", type=not_negative(int), nargs="*", default=[255], help="numbers of masks that do not "
+        "count, unless --classes names them")
     add("--img_size", type=positive(int), default=512, help="side of crops and windows; larger ones see more "
         "around a pixel and need more memory")
     common.add_pixel_flags(add, tiles=False)
@@ -106,18 +112,18 @@ def get_parser() -> argparse.ArgumentParser:
         "UPerNet")
     add("--head_dim", type=positive(int), default=512, help="channels of upernet; we recommend 64 on a CPU")
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
-    add("--color_jitter", type=not_negative(float), default=0.0, help="strength; harms short and frozen "
+    add("--color_jitter", type=common.unit(float), default=0.0, help="strength; harms short and frozen "
         "runs, we recommend .4 for long fine-tuning")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), default=50, help="an image counts as often as crops fit into it")
+    add("--epochs", type=positive(int), default=50, help="in each as many crops as fit into an image")
     add("--batch_size_per_gpu", type=positive(int), default=8, help="crops, or windows in the evaluation")
     add("--accum_steps", type=positive(int), default=1, help="micro-batches per step, where memory is small")
     add("--lr", type=positive(float), help="of the head, AdamW; default: 2e-2 for linear, 1e-3 for upernet")
     add("--backbone_lr", type=positive(float), default=1e-4, help="in --finetune; we recommend 1e-3 for "
-        "some hundred steps")
-    add("--layer_decay", type=common.unit(float), default=1.0, help="in --finetune: factor of the rate from "
-        "one layer to that below; .65 for a ViT after MAE")
+        "runs of some hundred steps")
+    add("--layer_decay", type=common.unit(float), default=1.0, help="in --finetune: the rate of a layer "
+        "relative to that of the next one; .65 for a ViT after MAE")
     add("--weight_decay", type=not_negative(float), default=0.05, help="not on biases and norms")
 
     common.add_run_flags(parser)
@@ -169,13 +175,16 @@ def in_words(value: int, in_colour: bool) -> str:
 
 
 def number_classes(named: Sequence[tuple[int, str]], ignore: Sequence[int], in_colour: bool) -> Classes:
-    """Classes of (value, name): equal names share one, "ignore" is none; nor are others of `ignore`."""
-    first = {name: value for value, name in reversed(named) if name != "ignore"}
-    names = list(dict.fromkeys(name for _, name in named if name != "ignore"))
+    """Numbers the names of (value, name) in their order; lines of one name are one class.
+
+    What does not count: values called "ignore", and those of `ignore` that have no name.
+    """
+    first = {name: value for value, name in reversed(named) if name.lower() != "ignore"}
+    names = list(dict.fromkeys(name for _, name in named if name in first))
     lut = np.full(2**24, UNKNOWN, np.uint8)
     lut[[value for value in ignore if value < 2**24]] = IGNORE
     for value, name in named:
-        lut[value] = IGNORE if name == "ignore" else names.index(name)
+        lut[value] = names.index(name) if name in first else IGNORE
     ignored = [in_words(value, in_colour) for value in np.flatnonzero(lut == IGNORE).tolist()]
     hues = [2 * math.pi * (0.1 + 0.618034 * i) for i in range(len(names))]  # far from each other, none black
     colours = [tuple(round(140 + 115 * math.cos(hue - 2.0944 * k)) for k in range(3)) for hue in hues]
@@ -189,7 +198,8 @@ def read_classes(path: str, ignore: Sequence[int]) -> Classes:
     """Reads --classes: lines of `name value` or `name R G B`."""
     named, kinds = [], set()
     try:
-        lines = [line for line in Path(path).read_text().splitlines() if line.strip()]
+        text = Path(path).read_text(encoding="utf-8-sig")
+        lines = [line for line in text.splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         common.fail(f"--classes {path}: cannot be read: {error}")
     for line in lines:
@@ -199,13 +209,17 @@ def read_classes(path: str, ignore: Sequence[int]) -> Classes:
         if not own or len(kinds) > 1 or max(own) > (255 if len(own) == 3 else 65535):
             common.fail(f"--classes {path}: must be lines of `name value`, or all of `name R G B`: {line}")
         named.append((int.from_bytes(own, "big") if len(own) == 3 else own[0], match[1]))
+    if len(dict(named)) < len(named):
+        common.fail(f"--classes {path}: names a value twice")
+    if 3 in kinds and ignore != [255]:
+        common.fail(f"--ignore: of masks in colour --classes says it, by a line `ignore R G B` in {path}")
     classes = number_classes(named, () if 3 in kinds else ignore, 3 in kinds)
     if not 2 <= len(classes.names) <= UNKNOWN:
         common.fail(f"--classes {path}: names {len(classes.names)} classes, must be from 2 to {UNKNOWN}")
     return classes
 
 
-def read_values(path: str, in_colour: bool) -> np.ndarray:
+def read_values(path: str, in_colour: bool, part: tuple[slice, slice] = WHOLE) -> np.ndarray:
     """The numbers of a mask as stored, of palettes too, int32 H x W; of colours R * 65536 + G * 256 + B.
 
     Raises:
@@ -215,7 +229,7 @@ def read_values(path: str, in_colour: bool) -> np.ndarray:
         if path.lower().endswith((".tif", ".tiff")):
             with tifffile.TiffFile(path) as file:
                 page = file.pages[0]
-                values = np.atleast_3d(page.asarray())
+                values = np.atleast_3d(page.asarray(maxworkers=1))
                 values = np.moveaxis(values, 0, 2) if page.axes == "SYX" else values
                 if in_colour and page.colormap is not None:
                     values = (page.colormap >> 8).T[values[..., 0]]
@@ -224,25 +238,27 @@ def read_values(path: str, in_colour: bool) -> np.ndarray:
         else:
             with Image.open(path) as image:
                 values = np.atleast_3d(image.convert("RGB") if in_colour else image)
-        values = values[..., : 3 if values.shape[2] > 2 else 1]  # without alpha
-        whole, most = values.astype(np.int32), 255 if in_colour else 2**24 - 1
-        if values.ndim != 3 or (whole != values).any() or whole.min() < 0 or whole.max() > most:
-            raise ValueError(f"no mask: it must hold H x W whole numbers from 0 to {most}")
+        values = values[part][..., : 3 if values.shape[2] > 2 else 1]  # without alpha
+        most = 255 if in_colour else 65535
+        if values.ndim != 3 or not np.isfinite(values).all() or values.min() < 0 or values.max() > most \
+                or (values % 1).any():
+            raise ValueError(f"no mask: it must hold H x W whole numbers from 0 to {most}; let what does not "
+                             "count be one of them, for --ignore")
         if in_colour:
-            return (whole * np.array([65536, 256, 1], np.int32)).sum(2, dtype=np.int32)
-        if (whole != whole[..., :1]).any():
+            return (values.astype(np.int32) * np.array([65536, 256, 1], np.int32)).sum(2, dtype=np.int32)
+        if (values != values[..., :1]).any():
             raise ValueError("a mask in colour: name its colours with --classes")
-        return whole[..., 0]
+        return values[..., 0].astype(np.int32)
     except Exception as error:  # decoders raise almost anything on damaged bytes
         raise common.UnreadableImageError(f"{path}: {error}") from error
 
 
-def read_mask(path: str, classes: Classes) -> Tensor:
-    """The mask as class numbers and IGNORE, uint8 H x W; raises UnreadableImageError."""
-    values = read_values(path, classes.in_colour)
-    if classes.lut is None:
-        return torch.from_numpy((values > (0 if values.max() == 1 else 127)).astype(np.uint8))
-    return torch.from_numpy(classes.lut[values])
+def read_mask(path: str, classes: Classes, part: tuple[slice, slice] = WHOLE) -> Tensor:
+    """A part of the mask as class numbers and IGNORE, uint8 H x W; raises UnreadableImageError."""
+    if classes.lut is None:  # change: the largest value of the whole mask counts
+        values = read_values(path, in_colour=False)
+        return torch.from_numpy((values > (0 if values.max() == 1 else 127)).astype(np.uint8)[part])
+    return torch.from_numpy(classes.lut[read_values(path, classes.in_colour, part)])
 
 
 def read_dates(paths: Sequence[str], samples: common.Samples,
@@ -309,6 +325,7 @@ class Data:
     sizes: np.ndarray  # N x 2: height and width of the training masks
     changed: np.ndarray  # numbers of the training pairs with change
     samples: common.Samples  # the training images, one by one
+    pixels: common.PixelStats  # what was found in them
 
 
 def load_data(args: argparse.Namespace) -> Data:
@@ -318,8 +335,8 @@ def load_data(args: argparse.Namespace) -> Data:
     if not (root / "train").is_dir() or not name:
         common.fail(f"--data_path {root}: must hold train/ and val/ (or test/)")
     change = (root / "train" / "A").is_dir()
-    if change and args.classes:
-        common.fail(f"--classes {args.classes}: change labels have no classes")
+    if change and (args.classes or args.ignore != [255]):
+        common.fail("--classes, --ignore: not for change labels, all of which count")
     for folder in (root / "train", root / name):
         label = "OUT" if (folder / "OUT").is_dir() else "label"
         files.append(match_files(folder, ("A", "B", label) if change else ("images", "masks"), args))
@@ -331,6 +348,9 @@ def load_data(args: argparse.Namespace) -> Data:
         values = read_mask(mask, CHANGE).numpy() if change else read_values(mask, in_colour)
         for path in paths:
             size = common.image_size(path, args.in_chans, args.bands)
+            if math.prod(size) * args.in_chans > common.MOST_NUMBERS:
+                raise common.UnreadableImageError(f"{path}: {common.shape_words(size)} pixels of "
+                                                  f"{args.in_chans} bands are too many: cut it into parts")
             if size != values.shape:
                 raise common.UnreadableImageError(f"{path}: {common.shape_words(size)} pixels, its mask has "
                                                   f"{common.shape_words(values.shape)}")
@@ -360,15 +380,10 @@ def load_data(args: argparse.Namespace) -> Data:
     if change and not changed:
         common.fail(f"--data_path {root}: no training label holds a change")
     samples = common.Samples([path for *paths, _ in files[0] for path in paths], args.in_chans, args.bands)
-    return Data(*files, f"train/{name}", classes, np.array(sizes[:n]), np.array(changed, np.int64), samples)
-
-
-def load_measured(args: argparse.Namespace) -> tuple[Data, common.PixelStats]:
-    """The data set, and what measure_pixels finds in its training images."""
-    data = load_data(args)
-    found = common.measure_pixels(data.samples)
-    data.samples.dtype = found.dtype
-    return data, found
+    pixels = common.measure_pixels(samples)
+    samples.dtype = pixels.dtype
+    return Data(*files, f"train/{name}", classes, np.array(sizes[:n]), np.array(changed, np.int64), samples,
+                pixels)
 
 
 def pad(images: Tensor, height: int, width: int) -> Tensor:
@@ -401,7 +416,7 @@ def to_crop(image: Tensor, mask: Tensor, scale: float, size: int, turn: int) -> 
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """Random crops, drawn from (seed, epoch, index) alone; half of those of change data contain change.
+    """Random crops, drawn from (seed, epoch, index) alone; for change half are around a changed pixel.
 
     An image counts as often as crops of `img_size` fit into it.
     """
@@ -423,13 +438,13 @@ class CropDataset(torch.utils.data.Dataset):
         if wants_change and image not in data.changed:
             image = int(data.changed[int(torch.randint(len(data.changed), ()))])
         *paths, label = data.train[image]
-        mask = read_mask(label, data.classes)
+        H, W = data.sizes[image].tolist()
+        changed = (read_mask(label, data.classes) == 1).nonzero() if wants_change else None
         for attempt in range(100):
             scale = 0.5 + 1.5 * torch.rand(()).item()
-            h, w = (min(length, round(self.img_size / scale)) for length in mask.shape)
-            low, high = (0, 0), (mask.shape[0] - h, mask.shape[1] - w)  # of the crop's corner
+            h, w = (min(length, round(self.img_size / scale)) for length in (H, W))
+            low, high = (0, 0), (H - h, W - w)  # of the crop's corner
             if wants_change:  # around one of the changed pixels
-                changed = (mask == 1).nonzero()
                 y, x = changed[torch.randint(len(changed), ())].tolist()
                 low, high = (max(0, y - h + 1), max(0, x - w + 1)), (min(high[0], y), min(high[1], x))
             top, left = (int(torch.randint(a, b + 1, ())) for a, b in zip(low, high, strict=True))
@@ -439,7 +454,7 @@ class CropDataset(torch.utils.data.Dataset):
             except common.EmptyImageError:  # a part of the scene without data
                 if attempt == 99:
                     raise
-        mask = mask[top : top + h, left : left + w]
+        mask = read_mask(label, data.classes, (slice(top, top + h), slice(left, left + w)))
         return to_crop(crop, mask, scale, self.img_size, int(torch.randint(8, ())))
 
 
@@ -577,7 +592,7 @@ class Segmenter(nn.Module):
 
 
 def loss_terms(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy, for change (K = 1) binary and with Dice, over all pixels of the batch that count.
+    """Cross-entropy, for change (K = 1) binary and with Dice, over the pixels of the micro-batch that count.
 
     Logits B x K x H x W in float32, masks B x H x W of class numbers and IGNORE.
     """
@@ -607,8 +622,8 @@ def build_optimizer(model: Segmenter, args: argparse.Namespace) -> torch.optim.O
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
 
 
-def train(args: argparse.Namespace, process: Process, data: Data, model: Segmenter, init: str) -> bool:
-    """Trains the head, with --finetune the backbone too; returns True when all steps are done."""
+def train(args: argparse.Namespace, process: Process, data: Data, model: Segmenter, init: str) -> common.Run:
+    """Trains the head, with --finetune the backbone too; returns the run, which may have been stopped."""
     # Data, networks: resumed or new. A frozen backbone stays in eval mode; it has no gradient.
     dataset = CropDataset(data, args.img_size, args.seed)
     run = common.Run(args, process, samples=len(dataset), images=len(data.train))
@@ -641,10 +656,9 @@ def train(args: argparse.Namespace, process: Process, data: Data, model: Segment
             with common.accumulating(ddp, micro, args.accum_steps):
                 with run.autocast:
                     outputs = ddp(x)  # B x K x h x w; of UPerNet in --finetune also the auxiliary head's
-                parts = []
-                for logits in outputs:
-                    logits = bilinear(logits.float(), scale_factor=4)[..., : args.img_size, : args.img_size]
-                    parts.append(loss_terms(logits, masks))
+                outputs = [bilinear(logits.float(), scale_factor=4)[..., : args.img_size, : args.img_size]
+                           for logits in outputs]
+                parts = [loss_terms(logits, masks) for logits in outputs]
                 loss, *auxiliary = (sum(part.values()) for part in parts)
                 loss = loss + 0.4 * sum(auxiliary)
                 scaler.scale(loss / args.accum_steps).backward()
@@ -654,7 +668,7 @@ def train(args: argparse.Namespace, process: Process, data: Data, model: Segment
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
     common.share_buffers(model, process)
-    return not run.stopped and run.stop_step == run.total_steps
+    return run
 
 
 # --------------------------------------------------------------------------------------------------
@@ -706,10 +720,11 @@ def decide(logits: Tensor, height: int, width: int, rows: int = 64) -> tuple[Ten
 
 def count_pixels(truth: Tensor, predicted: Tensor, score: Tensor | None, confusion: Tensor,
                  scores: Tensor) -> None:
-    """Adds pixels to the counts: truth x predicted C x C, and truth x rounded score 2 x BINS."""
-    C, counts = len(confusion), truth != IGNORE
+    """Adds pixels to the counts: truth x predicted, and truth x rounded score 2 x BINS."""
+    n_classes, counts = len(confusion), truth != IGNORE
     truth = truth[counts].long()
-    confusion += torch.bincount(truth * C + predicted[counts], minlength=C * C).view(C, C)
+    pairs = torch.bincount(truth * n_classes + predicted[counts], minlength=n_classes**2)
+    confusion += pairs.view(n_classes, n_classes)
     if score is not None:
         place = ((score[counts].clamp(-16, 16) + 16) * 128).round().long()
         scores += torch.bincount(truth * BINS + place, minlength=2 * BINS).view(2, BINS)
@@ -720,55 +735,72 @@ def figures(confusion: Tensor, scores: Tensor, change: bool) -> dict[str, float 
     right, truth, said = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
     precision, recall = right / said.clamp(min=1), right / truth.clamp(min=1)
     iou, f1 = right / (truth + said - right).clamp(min=1), 2 * right / (truth + said).clamp(min=1)
-    there, result = truth > 0, {}
+    present, result = truth > 0, {}
     if change:
         result = {"f1": f1[1], "precision": precision[1], "recall": recall[1], "iou": iou[1]}
     else:
-        accuracy = right.sum() / truth.sum()
-        result = {"miou": iou[there].mean(), "mean_f1": f1[there].mean(), "accuracy": accuracy}
+        result = {"miou": iou[present].mean(), "mean_f1": f1[present].mean(),
+                  "accuracy": right.sum() / truth.sum()}
     if len(truth) == 2:
         negative, positive = scores.flip(1).cumsum(1).double()  # pixels at or above each score, from the top
         gained = positive.diff(prepend=torch.zeros(1))
         result["ap"] = (gained * positive / (positive + negative).clamp(min=1)).sum() / positive[-1]
         result["share"] = truth[1] / truth.sum()
-    values = [*result.values(), *torch.where(there, iou, math.nan)]
+    values = [*result.values(), *torch.where(present, iou, math.nan)]
     percent = [None if math.isnan(x) else round(100 * float(x), 3) for x in values]
     return dict(zip(result, percent, strict=False)) | {"class_iou": percent[len(result) :]}
 
 
-def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Process) -> dict:
-    """Figures over all test images; writes examples.png: date(s), truth, prediction."""
+def segment(model: Segmenter, files: Files, samples: common.Samples, classes: Classes | None,
+            args: argparse.Namespace, process: Process) -> Iterator[tuple]:
+    """Yields paths, image, mask, class numbers and scores (see decide) of this process's share of `files`.
+
+    With `classes` the last of the files is the mask. Fails where more than 1 % of all files are unreadable.
+    """
     model.eval()
-    C, rows, lost = len(data.classes.names), [], torch.tensor(0)
-    confusion, scores = torch.zeros(C, C, dtype=torch.long), torch.zeros(2, BINS, dtype=torch.long)
-    colours = torch.zeros(256, 3)  # IGNORE: black
-    colours[:C] = torch.tensor(data.classes.colours) / 255
-    mine = data.test[process.rank :: process.world_size]
-    bar = tqdm(mine, "test images", leave=False, disable=None if process.is_main else True)
-    for i, (*paths, label) in enumerate(bar):
+    mine, lost = files[process.rank :: process.world_size], torch.tensor(0)
+    for sample in tqdm(mine, "images", leave=False, disable=None if process.is_main else True):
+        paths = sample[:-1] if classes else sample
         try:
-            mask, image = read_mask(label, data.classes), read_dates(paths, data.samples)
+            image = read_dates(paths, samples)
+            mask = read_mask(sample[-1], classes) if classes else None
         except common.UnreadableImageError as error:
             print(f"warning: unreadable, left out: {error}", file=sys.stderr)
             lost += 1
             continue
-        predicted, score = decide(window_logits(model, image, args, process.device), *mask.shape)
+        logits = window_logits(model, image, args, process.device)
+        yield paths, image, mask, *decide(logits, *image.shape[2:])
+    if process.world_size > 1:
+        dist.all_reduce(lost, group=process.cpu_group)
+    if lost > 0.01 * len(files):
+        common.fail(f"{lost} of {len(files)} images are unreadable, more than 1 %", code=1)
+
+
+def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Process) -> dict:
+    """Figures over all test images; writes examples.png: date(s), truth, prediction."""
+    n_classes, rows, done = len(data.classes.names), [], torch.tensor(0)
+    confusion = torch.zeros(n_classes, n_classes, dtype=torch.long)
+    scores = torch.zeros(2, BINS, dtype=torch.long)
+    colours = torch.zeros(256, 3)  # IGNORE: black
+    colours[:n_classes] = torch.tensor(data.classes.colours) / 255
+    every = max(1, len(data.test) // process.world_size // 8)  # of them in examples.png
+    results = segment(model, data.test, data.samples, data.classes, args, process)
+    for _, image, mask, predicted, score in results:
         for top in range(0, len(mask), 256):
             strips = [x if x is None else x[top : top + 256] for x in (mask, predicted, score)]
             count_pixels(*strips, confusion, scores)
-        if i % max(1, len(mine) // 8) == 0 and len(rows) < 8:
+        if done % every == 0 and len(rows) < 8:
             views = [x[: 3 if len(x) > 2 else 1] for x in common.to_float(image, args.mean, args.std)]
             views += [colours[numbers.long()].permute(2, 0, 1) for numbers in (mask, predicted)]
             top, left = (max(0, length - 512) // 2 for length in mask.shape)
             rows.append([view[:, top : top + 512, left : left + 512] for view in views])
+        done += 1
     if process.world_size > 1:
-        for total in (confusion, scores, lost):
+        for total in (confusion, scores, done):
             dist.all_reduce(total, group=process.cpu_group)
-    if lost > 0.01 * len(data.test):
-        common.fail(f"{lost} of {len(data.test)} test images are unreadable, more than 1 %", code=1)
     if process.is_main and rows:
         common.save_grid(Path(args.output_dir) / "examples.png", rows)
-    return figures(confusion, scores, model.K == 1) | {"test_images": len(data.test) - int(lost)}
+    return figures(confusion, scores, model.K == 1) | {"test_images": int(done)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -785,7 +817,7 @@ def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> N
     numbers = values.astype(np.min_scalar_type(values.max()))[mask]
     for file in sorted(image.iterdir()) if image.is_dir() else [image]:
         if not tags and file.suffix.lower() in (".tif", ".tiff"):
-            with tifffile.TiffFile(file) as tiff:
+            with contextlib.suppress(tifffile.TiffFileError), tifffile.TiffFile(file) as tiff:
                 page = tiff.pages[0]
                 if (page.imagelength, page.imagewidth) == mask.shape:
                     found = [page.tags[code] for code in GEO_TAGS if code in page.tags]
@@ -804,7 +836,7 @@ def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> N
 
 
 def predict(args: argparse.Namespace, process: Process) -> None:
-    """Writes a mask of each image of the folder to OUT/masks."""
+    """Writes a mask of each image of the folder to OUT/predictions."""
     source, root = Path(args.weights[0]), Path(args.predict)
     saved = load_saved(source, "segmenter.pth")
     vars(args).update(saved["args"])
@@ -812,23 +844,17 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     pyramid, report = build_pyramid(name, *(common.read_weights(name) if args.arch else ({}, {})), args)
     model = Segmenter(pyramid, saved["K"], args)
     model.head.load_state_dict(saved["head"])
-    common.to_device(model, process.device).eval()
+    common.to_device(model, process.device)
     parts = ("A", "B") if saved["K"] == 1 else (".",)
     files = common.from_main(process, partial(match_files, root, parts, args))
     common.check_there(process, files.kinds[0], root, "--predict")
-    out = common.make_output_dir(args.output_dir, process) / "masks"
+    out = common.make_output_dir(args.output_dir, process) / "predictions"
     samples = common.Samples(files.kinds[0], args.in_chans, args.bands)
     samples.dtype = torch.uint8 if saved["is_uint8"] else torch.float32
     if process.is_main:
         print(report)
-    for paths in files[process.rank :: process.world_size]:
-        try:
-            image = read_dates(paths, samples)
-        except common.UnreadableImageError as error:
-            print(f"warning: unreadable, left out: {error}", file=sys.stderr)
-            continue
-        mask, _ = decide(window_logits(model, image, args, process.device), *image.shape[2:])
-        write_mask(out / stem(paths[0], root / parts[0]), mask.numpy(), classes, Path(paths[0]))
+    for paths, _, _, numbers, _ in segment(model, files, samples, None, args, process):
+        write_mask(out / stem(paths[0], root / parts[0]), numbers.numpy(), classes, Path(paths[0]))
     if process.is_main:
         print(f"masks of {len(files)} images: {out}")
 
@@ -868,35 +894,40 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     folders = [out / folder_name(name) for name in args.weights]
     if len(set(folders)) < len(folders):
         common.fail(f"--weights {' '.join(args.weights)}: two of them would share a folder in --output_dir")
-    data, found = common.from_main(process, partial(load_measured, args))
+    data = common.from_main(process, partial(load_data, args))
     common.check_there(process, data.samples.paths, args.data_path)
     prepared, lines, K = [], [], 1 if data.classes.lut is None else len(data.classes.names)  # 1: change
     for name, folder in zip(args.weights, folders, strict=True):
         state, info = sources.get(name, borrowed)
         own = argparse.Namespace(**vars(args))
         own.weights, own.output_dir = [name], str(folder if len(folders) > 1 else out)
-        own.mean, own.std = map(list, pixel_values(name, info, found, process))
+        own.mean, own.std = map(list, pixel_values(name, info, data.pixels, process))
         pyramid, report = build_pyramid(name, state, info, own)
         own.weights_digest = weights_digest(pyramid)
+        own.classes = [data.classes.names, data.classes.values, data.classes.ignored]  # not their file
         prepared.append((own, pyramid, report))
 
-    for own, pyramid, report in prepared:
+    while prepared:  # a network leaves the device with its turn
+        own, pyramid, report = prepared.pop(0)
         began, model = time.perf_counter(), Segmenter(pyramid, K, own)
-        if not train(own, process, data, model, report):
+        run = train(own, process, data, model, report)
+        if run.stop_step < run.total_steps or run.stopped:
             if process.is_main:
-                print(f"no result before the last step (--max_steps): {own.output_dir}")
-            return
+                print(f"no result before the last step: {own.output_dir}")
+            if run.stopped:
+                return
+            continue
+        if process.is_main:
+            save_segmenter(own, data, model)
         result = evaluate(model, data, own, process)
-        settings = "checkpoint_key epochs lr backbone_lr seed".split()
         lines.append({"task": "change" if K == 1 else "segmentation", "weights": own.weights[0],
                       "data": args.data_path, "split": data.split, "train_images": len(data.train),
-                      **{name: getattr(own, name) for name in [*SAVED_FLAGS, *settings]},
+                      **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]}, "loading": report,
                       "classes": data.classes.names, "ignored": data.classes.ignored, **result,
                       "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
         if process.is_main:
-            save_segmenter(own, data, model)
             append_result(out, lines[-1])
-    if process.is_main:
+    if process.is_main and lines:
         print_table(lines)
         print("\n".join(map(json.dumps, lines)), flush=True)
 

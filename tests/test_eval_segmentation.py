@@ -1,5 +1,6 @@
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Start, assert_same
+from conftest import ROOT, Start, assert_same, read_log
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -523,7 +524,7 @@ def test_predictions_lie_on_the_map(run, segment, tmp_path, named):
     segment(tmp_path, tmp_path / "out", *bands, "--epochs", "20", "--ignore")
     run("eval_segmentation", "--predict", tmp_path / "new", "--weights", tmp_path / "out", "--output_dir",
         tmp_path / "out", "--device", "cpu")
-    tagged, out = {1, 2, 3} if named else {1}, tmp_path / "out" / "masks" / "deep"
+    tagged, out = {1, 2, 3} if named else {1}, tmp_path / "out" / "predictions" / "deep"
     assert {path.name for path in out.iterdir()} == {f"{i}.x.{'tif' if i in tagged else 'png'}"
                                                      for i in range(4)}
     for i in range(4):
@@ -544,7 +545,7 @@ def test_change_is_predicted_as_it_was_evaluated(run, segment, dates, tmp_path, 
     run("eval_segmentation", "--predict", dates / "test", "--weights", tmp_path / "out", "--output_dir",
         tmp_path / "new", "--device", "cpu", "--amp", "off")
     predicted, label = (np.stack([np.array(Image.open(folder / f"{i}.png")) > 127 for i in range(3)])
-                        for folder in (tmp_path / "new" / "masks", dates / "test" / "label"))
+                        for folder in (tmp_path / "new" / "predictions", dates / "test" / "label"))
     f1 = 200 * (predicted & label).sum() / (predicted.sum() + label.sum())
     assert line["f1"] == pytest.approx(f1, abs=1e-3)
 
@@ -558,11 +559,15 @@ def break_data(kind, land):
     masks = [(path, np.uint8(255 * (np.array(Image.open(path)) == 1))) for path in land.glob("*/masks/*")]
     {"missing": mask.unlink, "damaged": lambda: mask.write_text("no mask"), "": lambda: None,
      "other size": lambda: save(image, np.zeros((40, 50, 3), np.uint8)),
+     "nan": lambda: np.save(mask.with_suffix(mask.unlink() or ".npy"), np.full((40, 56), np.nan)),
+     "65536": lambda: np.save(mask.with_suffix(mask.unlink() or ".npy"), np.full((40, 56), 65536)),
      "value": lambda: save(mask, np.full((40, 56), 9, np.uint8)),
      "0 and 255": lambda: [save(*pair) for pair in masks]}[kind]()
     (land / "classes").write_text("a 0\nb 1\n")
     (land / "colours").write_text("a 0 0 0\nb 1\n")
-    (land / "one").write_text("a 0\nignore 1\n")
+    (land / "one").write_text("\ufeffa 0\nIgnore 1\n")
+    (land / "twice").write_text("a 0\nb 1\nc 1\n")
+    (land / "rgb").write_text("a 0 0 0\nb 1 1 1\n")
     return land
 
 
@@ -574,6 +579,11 @@ def break_data(kind, land):
     ("damaged", [], "masks/2.png: cannot identify image file"),
     ("", ["--classes", "LAND/colours"], "must be lines of `name value`, or all of `name R G B`: b 1"),
     ("", ["--classes", "LAND/one"], "names 1 classes, must be from 2 to 254"),
+    ("", ["--classes", "LAND/twice"], "twice: names a value twice"),
+    ("", ["--classes", "LAND/rgb", "--ignore", "0"], "of masks in colour --classes says it"),
+    ("nan", [], "must hold H x W whole numbers from 0 to 65535"),
+    ("65536", [], "must hold H x W whole numbers from 0 to 65535"),
+    ("", ["--color_jitter", "1.5"], "1.5"),
     ("", ["--classes", "nothing"], "--classes nothing: cannot be read"),
     ("", ["--data_path", "LAND/train"], "must hold train/ and val/ (or test/)"),
     ("", ["--head", "upernet", "--batch_size_per_gpu", "1"], "--batch_size_per_gpu 1: must be at least 2"),
@@ -592,6 +602,43 @@ def test_bad_input_is_one_line(segment, land, tmp_path, capsys, kind, flags, mes
         segment(break_data(kind, land), tmp_path / "out", *flags)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and len(error.splitlines()) == 1 and message in error, error
+
+
+def test_a_run_knows_its_classes_by_what_their_file_says(segment, land, tmp_path, capsys):
+    """And it keeps its segmenter where the test images turn out to be bad, and goes on where they are good."""
+    for name, text in (("first", "a 0\nb 1\n"), ("moved", "a 0\nb 1\n"), ("other", "b 0\na 1\n")):
+        (tmp_path / name).write_text(text)
+    run = partial(segment, land, tmp_path / "out", "--classes")
+    good = land / "val" / "images" / "1.png"
+    kept = good.read_bytes()
+    good.write_bytes(kept[: len(kept) // 2])  # its size can be read
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "first")
+    assert stop.value.code == 1 and "more than 1 %" in capsys.readouterr().err
+    assert (tmp_path / "out" / "segmenter.pth").exists() and (tmp_path / "out" / "backbone").exists()
+    good.write_bytes(kept)
+    [line] = run(tmp_path / "moved")
+    assert line["loading"].startswith("random") and not line["allow_partial"]
+    with pytest.raises(SystemExit):
+        run(tmp_path / "other")
+    assert "other settings: classes was [['a', 'b']" in capsys.readouterr().err
+
+
+def test_prediction_of_unreadable_images_fails(run, segment, land, tmp_path, capsys):
+    segment(land, tmp_path / "out", "--epochs", "1")
+    np.save(tmp_path / "bands.npy", np.zeros((6, 40, 40), np.uint8))
+    (tmp_path / "new").mkdir()
+    (tmp_path / "bands.npy").rename(tmp_path / "new" / "bands.npy")
+    with pytest.raises(SystemExit) as stop:
+        run("eval_segmentation", "--predict", tmp_path / "new", "--weights", tmp_path / "out", "--output_dir",
+            tmp_path / "out", "--device", "cpu")
+    assert stop.value.code == 1 and "1 of 1 images are unreadable" in capsys.readouterr().err
+
+
+def test_max_steps_is_for_each_of_the_weights(segment, land, tmp_path):
+    flags = ["--epochs", "2", "--max_steps", "1"]
+    segment(land, tmp_path / "out", *flags, weights=("random", "pixels"))
+    assert [len(read_log(tmp_path / "out" / name)) for name in ("random", "pixels")] == [2, 2]
 
 
 def test_drawn_scenes_have_classes_and_changes(tmp_path):
