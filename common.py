@@ -2529,9 +2529,13 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable) -> None:
-    """Calls `write(file)` on a temporary file, flushes and renames it: `path` is old or new, always whole."""
+    """Calls `write(file)` on a temporary file, flushes and renames it: `path` is old or new, always whole.
+
+    Makes the folder, if need be.
+    """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 write(file)

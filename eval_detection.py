@@ -44,9 +44,10 @@ import argparse
 import itertools
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +69,8 @@ from eval_knn import append_result, build, load_saved, prepare
 from eval_segmentation import PREDICT_FLAGS, STRIDES, Pyramid, folder_name, rescale, stem, weights_digest
 
 SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
+SETTINGS = """finetune epochs batch_size_per_gpu accum_steps optimizer lr backbone_lr schedule weight_decay
+    seed checkpoint_key allow_partial""".split()  # also in a line of results
 CLIP_GRAD = 35.0  # greatest norm of the gradient, as in the papers
 
 # --------------------------------------------------------------------------------------------------
@@ -264,15 +267,18 @@ def parse_label(line: str, yolo: bool, size: tuple[int, int]) -> tuple[np.ndarra
         raise ValueError(f"{len(words)} words, not " + ("class cx cy w h, or class and 4 corners" if yolo else
                                                         "x1 y1 x2 y2 x3 y3 x4 y4 class difficult"))
     name, rest = (words[0], words[1:]) if yolo else (words[8], words[:8])
+    if yolo and not (name.isascii() and name.isdecimal() and len(name) < 5):
+        raise ValueError(f"{name[:40]}: not a class number from 0 to 9999")
     numbers, difficult = np.array(rest, dtype=np.float64), not yolo and len(words) > 9 and int(words[9]) > 0
-    if not np.isfinite(numbers).all():
-        raise ValueError("numbers that are not finite")
     if len(numbers) == 4:
         x, y, w, h = numbers
         if min(w, h) <= 0:
             raise ValueError(f"a box of size {w:g} x {h:g}")
         numbers = np.array([x, y] * 4) + np.array([-w, -h, w, -h, w, h, -w, h]) / 2
-    return numbers.reshape(4, 2) * (size[::-1] if yolo else 1), name, difficult
+    corners = numbers.reshape(4, 2) * (size[::-1] if yolo else 1)
+    if not (np.abs(corners) < 1e6).all():  # NaN too
+        raise ValueError("a corner a million pixels away")
+    return corners, name, difficult
 
 
 def find_part(root: Path, *names: str) -> tuple[Path, Path, bool]:
@@ -287,7 +293,7 @@ def find_part(root: Path, *names: str) -> tuple[Path, Path, bool]:
 
 def read_part(images: Path, labels: Path, yolo: bool, args: argparse.Namespace) -> list[tuple]:
     """Path, size and objects, as of parse_label, of all images that can be read."""
-    read, outside, lost = [], [], []
+    read, outside, lost, files = [], [], [], set()
     paths = common.list_images(images, args.output_dir, bands=args.bands)
     for path in paths:
         try:
@@ -296,7 +302,13 @@ def read_part(images: Path, labels: Path, yolo: bool, args: argparse.Namespace) 
             lost.append(str(error))
             continue
         file = labels / f"{stem(path, images)}.txt"
-        lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+        if file in files:
+            common.fail(f"--data_path: {path} and another image share the labels of {file}")
+        files.add(file)
+        try:
+            lines = file.read_text("utf-8-sig", "replace").splitlines() if os.path.lexists(file) else []
+        except OSError as error:
+            common.fail(f"--data_path: {file}: cannot be read: {error.strerror}")
         for number, line in enumerate(lines, 1):
             try:
                 parsed = parse_label(line, yolo, size)
@@ -307,13 +319,15 @@ def read_part(images: Path, labels: Path, yolo: bool, args: argparse.Namespace) 
             elif parsed:
                 outside.append(f"{file}, line {number}")
         read.append((path, size, objects))
-    for rows, words in ((outside, "boxes outside their images"), (lost, "unreadable images")):
+    alone = [file for file in labels.rglob("*.txt") if file not in files and file.name != "classes.txt"]
+    for rows, words in ((outside, "boxes outside their images"), (lost, "unreadable images"),
+                        (alone, "labels without an image")):
         if rows:
-            print(f"warning: {len(rows)} {words}, left out: {rows[0]}", file=sys.stderr)
+            print(f"warning: {len(rows)} {words}, left out: {common.one_line(rows[0])}", file=sys.stderr)
     if len(lost) > 0.01 * len(paths):
         common.fail(f"--data_path: {len(lost)} of {len(paths)} images unreadable, over 1 %", code=1)
-    if not any(objects for _, _, objects in read):
-        common.fail(f"--data_path: {labels} holds no box for any of {len(read)} images")
+    if not any(not difficult for _, _, objects in read for *_, difficult in objects):
+        common.fail(f"--data_path: {labels} holds no box, or difficult ones alone, for {len(read)} images")
     return read
 
 
@@ -323,15 +337,20 @@ def load_data(parts: list[tuple[Path, Path, bool]],
     train, test = (read_part(*part, args) for part in parts)
     named, file = not parts[0][2], Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
     found = sorted({name for _, _, objects in train + test for _, name, _ in objects})
-    if file.is_file():
-        classes = file.read_text().split()
+    if file.exists():
+        try:
+            classes = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            common.fail(f"--data_path: {file}: cannot be read: {error}")
+        if len(set(classes)) < len(classes) or any(" " in name for name in classes):
+            common.fail(f"--data_path: {file}: must be a line for each class, without blanks, none twice")
     elif not named and all(name.isdecimal() for name in found):
         classes = [str(number) for number in range(max(map(int, found)) + 1)]
     else:
         classes = sorted({name for _, _, objects in train for _, name, _ in objects})
-    numbers = {name if named or not file.is_file() else str(i): i for i, name in enumerate(classes)}
+    numbers = {name if named or not file.exists() else str(i): i for i, name in enumerate(classes)}
     if unknown := [name for name in found if name not in numbers]:
-        known = f"{file} lacks" if file.is_file() else "train/ lacks (list them in classes.txt)"
+        known = f"{file} lacks" if file.exists() else "train/ lacks (list them in classes.txt)"
         common.fail(f"--data_path: unknown classes, which {known}: {', '.join(unknown[:10])}")
     corners = [torch.tensor(np.array([x[0] for x in objects])).float().view(-1, 4, 2)  # N x 4 x 2 per image
                for _, _, objects in train + test]
@@ -647,23 +666,20 @@ def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process
 
 
 def detect_all(detector: nn.Module, samples: common.Samples, args: argparse.Namespace,
-               process: Process) -> dict[int, Found]:
-    """Boxes of each image by its number, in every process; fails where more than 1 % are unreadable."""
+               process: Process) -> Iterator[tuple[int, Found]]:
+    """Yields number and boxes of this process's share of the images; fails where over 1 % are unreadable."""
     detector.eval()
-    found, mine = {}, range(process.rank, len(samples), process.world_size)
+    mine, lost = range(process.rank, len(samples), process.world_size), torch.tensor(0)
     for i in tqdm(mine, "images", leave=False, disable=None if process.is_main else True):
         try:
-            found[i] = detect(detector, samples[i], args, process)
+            yield i, detect(detector, samples[i], args, process)
         except common.UnreadableImageError as error:
-            print(f"warning: unreadable, left out: {error}", file=sys.stderr)
-    parts = [found]
+            print(f"warning: unreadable, left out: {common.one_line(error)}", file=sys.stderr)
+            lost += 1
     if process.world_size > 1:
-        parts = [None] * process.world_size
-        dist.all_gather_object(parts, found, group=process.cpu_group)
-    found = {i: part[i] for i in range(len(samples)) for part in parts if i in part}
-    if (lost := len(samples) - len(found)) > 0.01 * len(samples):
+        dist.all_reduce(lost, group=process.cpu_group)
+    if lost > 0.01 * len(samples):
         common.fail(f"{lost} of {len(samples)} images unreadable, over 1 %", code=1)
-    return found
 
 
 def match(iou: np.ndarray, difficult: np.ndarray, threshold: float) -> np.ndarray:
@@ -712,8 +728,6 @@ def evaluate(found: dict[int, Found], samples: Sequence[Sample], classes: list[s
             per_class[name] = {"boxes": boxes, "ap50": areas[0], "ap50_eleven_points": points[0],
                                "ap75": areas[thresholds.index(0.75)],
                                **({} if oriented else {"ap50_95": sum(areas) / len(areas)})}
-    if not per_class:
-        common.fail("--data_path: all boxes of the test images are difficult: nothing to measure", code=1)
     table = {name: {key: round(value, 3) for key, value in row.items()} for name, row in per_class.items()}
     figures = [key for key in next(iter(table.values())) if key != "boxes"]
     return {key: round(sum(row[key] for row in per_class.values()) / len(table), 3) for key in figures} | {
@@ -724,7 +738,7 @@ def draw_boxes(image: Tensor, boxes: Tensor, labels: Tensor, args: argparse.Name
     """A picture 3 x H x W in [0, 1] of an image, its longer side 800, with boxes coloured by class."""
     x = common.to_float(image, args.mean, args.std)[: 3 if len(image) > 2 else 1].expand(3, -1, -1)
     scale = 800 / max(x.shape[1:])
-    x = resize(x, [round(scale * side) for side in x.shape[1:]], antialias=True)
+    x = resize(x, [max(1, round(scale * side)) for side in x.shape[1:]], antialias=True)
     picture = to_pil_image(x.clamp(0, 1))
     draw = ImageDraw.Draw(picture)
     for corners, label in zip((scale * to_corners(boxes)).tolist(), labels.tolist(), strict=True):
@@ -774,8 +788,8 @@ def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float
 
 
 def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, report: str,
-          args: argparse.Namespace, process: Process) -> bool:
-    """Trains a detector on images of pixels of `dtype`; returns True when all steps are done."""
+          args: argparse.Namespace, process: Process) -> common.Run:
+    """Trains a detector on images of pixels of `dtype`; returns the run, which may have been stopped."""
     dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,
                          args.bands)
     run = common.Run(args, process, samples=len(dataset), images=len(samples))
@@ -809,7 +823,7 @@ def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, rep
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
     common.share_buffers(detector, process)
-    return not run.stopped and run.stop_step == run.total_steps
+    return run
 
 
 def compare(args: argparse.Namespace, process: Process) -> None:
@@ -834,30 +848,39 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         own.weights_digest = weights_digest(backbone.model)
         detectors.append((build_detector(backbone.model, len(classes), own), own, backbone))
 
-    for detector, own, backbone in detectors:
+    while detectors:  # a network leaves the device with its turn
+        detector, own, backbone = detectors.pop(0)
         began = time.perf_counter()
-        if not train(detector, train_samples, backbone.dtype, backbone.report, own, process):
+        run = train(detector, train_samples, backbone.dtype, backbone.report, own, process)
+        if run.stopped or run.stop_step < run.total_steps:
             if process.is_main:
                 print(f"no result before the last step: {own.output_dir}")
-            return
+            if run.stopped:
+                return
+            continue
+        if process.is_main:
+            saved = {"head": detector.head.state_dict(), "classes": classes,
+                     "args": {name: getattr(own, name) for name in SAVED_FLAGS},
+                     "is_uint8": backbone.dtype == torch.uint8}
+            common.write_atomically(Path(own.output_dir) / "detector.pth", partial(torch.save, saved))
         pixels = common.Samples(test_samples.paths, own.in_chans, own.bands)
         pixels.dtype = backbone.dtype
-        found = detect_all(detector, pixels, own, process)
+        mine = dict(detect_all(detector, pixels, own, process))
+        parts = [mine] * process.world_size
+        if process.world_size > 1:
+            dist.all_gather_object(parts, mine, group=process.cpu_group)
         if not process.is_main:
             continue
+        found = {i: part[i] for i in range(len(pixels)) for part in parts if i in part}
         draw_examples(found, test_samples, pixels, own)
-        saved = {"head": detector.head.state_dict(), "classes": classes,
-                 "args": {name: getattr(own, name) for name in SAVED_FLAGS},
-                 "is_uint8": backbone.dtype == torch.uint8}
-        common.write_atomically(Path(own.output_dir) / "detector.pth", partial(torch.save, saved))
-        settings = "finetune epochs optimizer lr backbone_lr seed checkpoint_key".split()
         lines.append({"task": "detection", "weights": own.weights[0], "data": args.data_path,
                       "train_images": len(train_samples), "test_images": len(found),
-                      **{name: getattr(own, name) for name in [*SAVED_FLAGS, *settings]},
+                      **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]},
                       **evaluate(found, test_samples, classes, own.boxes == "oriented"),
+                      "loading": backbone.report,
                       "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
         append_result(out, lines[-1])
-    if process.is_main:
+    if process.is_main and lines:
         print_table(lines)
         print("\n".join(map(json.dumps, lines)), flush=True)
 
@@ -878,34 +901,35 @@ def print_table(lines: list[dict]) -> None:
 
 def predict(args: argparse.Namespace, process: Process) -> None:
     """Writes OUT/predictions, a text per image of the folder: a line of DOTA for each box, and its score."""
-    source = Path(args.weights[0])
-    saved = load_saved(source, "detector.pth")
-    vars(args).update(saved["args"])
-    state, info = common.read_weights(str(source))
-    args.mean, args.std = info["mean"], info["std"]
-    dtype = torch.uint8 if saved["is_uint8"] else torch.float32
-    backbone = build(str(source), state, info, args.mean, args.std, dtype, args)
-    detector = build_detector(backbone.model, len(saved["classes"]), args)
-    detector.head.load_state_dict(saved["head"])
-    paths = common.from_main(process, partial(common.list_images, args.predict, args.output_dir,
-                                              flag="--predict", bands=args.bands))
-    common.check_there(process, paths, args.predict, "--predict")
+    source, root = Path(args.weights[0]), Path(args.predict)
+    with load_saved(source, "detector.pth") as saved:
+        vars(args).update({name: saved["args"][name] for name in SAVED_FLAGS})
+        state, info = common.read_weights(str(source))
+        args.mean, args.std = info["mean"], info["std"]
+        dtype, classes = torch.uint8 if saved["is_uint8"] else torch.float32, saved["classes"]
+        backbone = build(str(source), state, info, args.mean, args.std, dtype, args)
+        detector = build_detector(backbone.model, len(classes), args)
+        detector.head.load_state_dict(saved["head"])
+    paths = common.from_main(process, partial(common.list_images, root, args.output_dir, flag="--predict",
+                                              bands=args.bands))
+    common.check_there(process, paths, root, "--predict")
+    if len({stem(path, root) for path in paths}) < len(paths):
+        common.fail(f"--predict {root}: has two images of one stem")
     samples = common.Samples(paths, args.in_chans, args.bands)
     samples.dtype = dtype
     out = common.make_output_dir(args.output_dir, process) / "predictions"
-    found = detect_all(common.to_device(detector, process.device), samples, args, process)
-    if not process.is_main:
-        return
-    for i, (boxes, scores, labels) in found.items():
+    if process.is_main:
+        print(backbone.report)
+    for i, (boxes, scores, labels) in detect_all(common.to_device(detector, process.device), samples, args,
+                                                 process):
         lines = []
         for corners, score, label in zip(to_corners(boxes), scores, labels, strict=True):
             numbers = " ".join(f"{x:.1f}" for x in corners.flatten().tolist())
-            lines.append(f"{numbers} {saved['classes'][label]} 0 {score:.3f}\n")
-        file = out / f"{stem(paths[i], Path(args.predict))}.txt"
-        file.parent.mkdir(parents=True, exist_ok=True)
+            lines.append(f"{numbers} {classes[label]} 0 {score:.3f}\n")
         data = "".join(lines).encode()
-        common.write_atomically(file, lambda stream, data=data: stream.write(data))
-    print(f"{backbone.report}\n{len(found)} images: {out}")
+        common.write_atomically(out / f"{stem(paths[i], root)}.txt", lambda file, data=data: file.write(data))
+    if process.is_main:
+        print(f"boxes of {len(paths)} images: {out}")
 
 
 def main() -> None:

@@ -39,6 +39,7 @@ the rank is at most N and D.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -46,7 +47,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -808,14 +809,16 @@ def main() -> None:
     process.leave()
 
 
-def load_saved(folder: Path, name: str) -> dict:
-    """What an evaluation that trains left in its --output_dir for --predict."""
+@contextlib.contextmanager
+def load_saved(folder: Path, name: str) -> Iterator[dict]:
+    """What an evaluation that trains left for --predict; what fails under `with` is the file's fault."""
     if not (folder / name).is_file():
         common.fail(f"--weights {folder}: no {name} in it; give the --output_dir of a run of this script")
     try:
-        return common.load_checkpoint(folder / name)
-    except ValueError as error:
-        common.fail(f"--weights {folder}: {name}: {error}")
+        yield common.load_checkpoint(folder / name)
+    except Exception as error:  # a file may hold anything
+        reason = common.one_line(error) if isinstance(error, ValueError) else common.one_line(repr(error))
+        common.fail(f"--weights {folder}: {name}: not as a run of this script leaves it: {reason[:300]}")
 
 
 def append_result(out: Path, line: dict) -> None:

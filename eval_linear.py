@@ -617,25 +617,26 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
     Of a multi-label head: path, labels above a probability of .5, joined by |, and that of each.
     """
     source = Path(args.weights[0])
-    head = eval_knn.load_saved(source, "head.pth")
-    # Older heads have neither size nor bands and type of pixels.
-    args.img_size, args.bands = args.img_size or head.get("img_size"), args.bands or head.get("bands")
-    dtype = {"uint8": torch.uint8, "float32": torch.float32}.get(head.get("dtype"))
-    name = str(source / "backbone")  # as it lies beside the head
-    state, info = common.read_weights(name)
-    common.check_bands(args, len(info["mean"]))
-    if args.in_chans != len(info["mean"]):
-        common.fail(f"--in_chans {args.in_chans}: {source} learned from {len(info['mean'])} bands")
-    backbone = eval_knn.build(name, state, info, info["mean"], info["std"], dtype, args)
-    if head["n_last_blocks"]:
-        backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
+    with eval_knn.load_saved(source, "head.pth") as head:
+        # Older heads have neither size nor bands and type of pixels.
+        args.img_size, args.bands = args.img_size or head.get("img_size"), args.bands or head.get("bands")
+        dtype = {"uint8": torch.uint8, "float32": torch.float32}.get(head.get("dtype"))
+        name = str(source / "backbone")  # as it lies beside the head
+        state, info = common.read_weights(name)
+        common.check_bands(args, len(info["mean"]))
+        if args.in_chans != len(info["mean"]):
+            common.fail(f"--in_chans {args.in_chans}: {source} learned from {len(info['mean'])} bands")
+        backbone = eval_knn.build(name, state, info, info["mean"], info["std"], dtype, args)
+        if head["n_last_blocks"]:
+            backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
+        weight, bias, classes = head["weight"], head["bias"], head["classes"]
     paths = common.from_main(process, lambda: common.list_images(
         args.predict, out, flag="--predict", bands=args.bands))
     common.check_there(process, paths, args.predict, "--predict")
     if process.is_main:
         print(backbone.report)
     x, index = extract_features(backbone, CenterCrops(paths, backbone), args, process, may_lose=1.0)
-    logits, classes = x @ head["weight"].T + head["bias"], head["classes"]
+    logits = x @ weight.T + bias
     if process.is_main:
         text = io.StringIO()
         writer = csv.writer(text)

@@ -77,7 +77,7 @@ GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # of a GeoTIFF: scale, ti
 SAVED_FLAGS = "arch img_size in_chans bands mean std head head_dim finetune".split()  # with the segmenter
 SETTINGS = """checkpoint_key allow_partial patch_size drop_path epochs batch_size_per_gpu accum_steps lr
     backbone_lr layer_decay weight_decay color_jitter seed""".split()  # also in a line of results
-PREDICT_FLAGS = "predict weights batch_size_per_gpu output_dir device amp".split()
+PREDICT_FLAGS = "predict weights num_workers batch_size_per_gpu output_dir device amp".split()
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -258,7 +258,10 @@ def read_mask(path: str, classes: Classes, part: tuple[slice, slice] = WHOLE) ->
     if classes.lut is None:  # change: the largest value of the whole mask counts
         values = read_values(path, in_colour=False)
         return torch.from_numpy((values > (0 if values.max() == 1 else 127)).astype(np.uint8)[part])
-    return torch.from_numpy(classes.lut[read_values(path, classes.in_colour, part)])
+    numbers = classes.lut[read_values(path, classes.in_colour, part)]
+    if (numbers == UNKNOWN).any():
+        raise common.UnreadableImageError(f"{path}: changed: it holds values that no class has")
+    return torch.from_numpy(numbers)
 
 
 def read_dates(paths: Sequence[str], samples: common.Samples,
@@ -345,6 +348,8 @@ def load_data(args: argparse.Namespace) -> Data:
 
     def look(sample: tuple[str, ...]) -> tuple[tuple[int, int], list[int]]:
         *paths, mask = sample
+        if not change and mask.lower().endswith((".jpg", ".jpeg")):
+            raise common.UnreadableImageError(f"{mask}: a JPEG, which changes numbers: save it as PNG")
         values = read_mask(mask, CHANGE).numpy() if change else read_values(mask, in_colour)
         for path in paths:
             size = common.image_size(path, args.in_chans, args.bands)
@@ -440,6 +445,8 @@ class CropDataset(torch.utils.data.Dataset):
         *paths, label = data.train[image]
         H, W = data.sizes[image].tolist()
         changed = (read_mask(label, data.classes) == 1).nonzero() if wants_change else None
+        if wants_change and not len(changed):
+            raise common.UnreadableImageError(f"{label}: changed: it holds no change any more")
         for attempt in range(100):
             scale = 0.5 + 1.5 * torch.rand(()).item()
             h, w = (min(length, round(self.img_size / scale)) for length in (H, W))
@@ -765,7 +772,7 @@ def segment(model: Segmenter, files: Files, samples: common.Samples, classes: Cl
             image = read_dates(paths, samples)
             mask = read_mask(sample[-1], classes) if classes else None
         except common.UnreadableImageError as error:
-            print(f"warning: unreadable, left out: {error}", file=sys.stderr)
+            print(f"warning: unreadable, left out: {common.one_line(error)}", file=sys.stderr)
             lost += 1
             continue
         logits = window_logits(model, image, args, process.device)
@@ -821,8 +828,8 @@ def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> N
                 page = tiff.pages[0]
                 if (page.imagelength, page.imagewidth) == mask.shape:
                     found = [page.tags[code] for code in GEO_TAGS if code in page.tags]
-                    tags = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
-    path.parent.mkdir(parents=True, exist_ok=True)
+                    tags = [(tag.code, int(tag.dtype), tag.count, tag.value.encode("ascii", "replace")
+                             if isinstance(tag.value, str) else tag.value, True) for tag in found]
     if tags:
         common.write_atomically(path.with_name(path.name + ".tif"), lambda file: tifffile.imwrite(
             file, numbers, extratags=tags, compression="deflate", metadata=None))
@@ -838,19 +845,20 @@ def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> N
 def predict(args: argparse.Namespace, process: Process) -> None:
     """Writes a mask of each image of the folder to OUT/predictions."""
     source, root = Path(args.weights[0]), Path(args.predict)
-    saved = load_saved(source, "segmenter.pth")
-    vars(args).update(saved["args"])
-    name, classes = str(source) if args.arch else "pixels", Classes(*saved["classes"])
-    pyramid, report = build_pyramid(name, *(common.read_weights(name) if args.arch else ({}, {})), args)
-    model = Segmenter(pyramid, saved["K"], args)
-    model.head.load_state_dict(saved["head"])
+    with load_saved(source, "segmenter.pth") as saved:
+        vars(args).update({name: saved["args"][name] for name in SAVED_FLAGS})
+        name, classes = str(source) if args.arch else "pixels", Classes(*saved["classes"])
+        pyramid, report = build_pyramid(name, *(common.read_weights(name) if args.arch else ({}, {})), args)
+        model = Segmenter(pyramid, saved["K"], args)
+        model.head.load_state_dict(saved["head"])
+        dtype = torch.uint8 if saved["is_uint8"] else torch.float32
     common.to_device(model, process.device)
-    parts = ("A", "B") if saved["K"] == 1 else (".",)
+    parts = ("A", "B") if model.K == 1 else (".",)
     files = common.from_main(process, partial(match_files, root, parts, args))
     common.check_there(process, files.kinds[0], root, "--predict")
     out = common.make_output_dir(args.output_dir, process) / "predictions"
     samples = common.Samples(files.kinds[0], args.in_chans, args.bands)
-    samples.dtype = torch.uint8 if saved["is_uint8"] else torch.float32
+    samples.dtype = dtype
     if process.is_main:
         print(report)
     for paths, _, _, numbers, _ in segment(model, files, samples, None, args, process):

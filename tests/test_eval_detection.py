@@ -665,7 +665,9 @@ def load(root):
     [
         ("10 10 30 10 30 20 car 0\n", GOOD, "line 1: 8 words, not x1 y1"),
         (GOOD + "10 10 30 10 30 20 10 x car 0\n", GOOD, "line 2: could not convert string to float: 'x'"),
-        ("10 10 30 10 30 20 10 nan car 0\n", GOOD, "not finite"),
+        ("10 10 30 10 30 20 10 nan car 0\n", GOOD, "a million pixels away"),
+        (GOOD, "-1e39 0 1e39 0 1e39 20 -1e39 20 car 0\n", "val/labelTxt/a.txt, line 1: a corner a million"),
+        (GOOD, GOOD.replace(" 0\n", " 1\n"), "holds no box, or difficult ones alone"),
         (GOOD, GOOD.replace("car", "bus"), "unknown classes, which train/ lacks (list them in classes.txt)"),
         ("", GOOD, "holds no box"),
         (GOOD.replace("0", "900"), GOOD, "holds no box"),
@@ -699,6 +701,9 @@ def test_yolo_labels(tmp_path):
         ("0 .5 .5 -.2 .4", "line 1: a box of size -0.2 x 0.4"),
         ("0 .5 .5 .2", "line 1: 4 words, not class cx cy w h"),
         ("7 .5 .5 .2 .4", "lacks: 7"),
+        ("-1 .5 .5 .2 .4", "-1: not a class number from 0 to 9999"),
+        ("99999 .5 .5 .2 .4", "99999: not a class number from 0 to 9999"),
+        ("0 .5 .5 1e308 .2", "a million pixels away"),
     ],
 )
 def test_bad_yolo_labels(tmp_path, capsys, text, words):
@@ -707,6 +712,54 @@ def test_bad_yolo_labels(tmp_path, capsys, text, words):
     with pytest.raises(SystemExit):
         load(tmp_path)
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names, words", [
+    (b"small vehicle\n", "without blanks"), (b"plane\nplane\n", "none twice"), (b"\xff", "cannot be read"),
+])
+def test_bad_names_of_classes(tmp_path, capsys, names, words):
+    write_labels(tmp_path, GOOD, GOOD)
+    (tmp_path / "classes.txt").write_bytes(names)
+    with pytest.raises(SystemExit):
+        load(tmp_path)
+    assert words in capsys.readouterr().err
+
+
+def test_labels_and_images_that_do_not_belong_together(tmp_path, capsys):
+    write_labels(tmp_path, "\ufeff0 .5 .5 .2 .4\n", "0 .5 .5 .2 .4\n", yolo=True)
+    (tmp_path / "labels/train/b.txt").symlink_to("nowhere")
+    (tmp_path / "labels/train/c.txt").write_text("0 .5 .5 .2 .4\n")
+    with pytest.raises(SystemExit):
+        load(tmp_path)
+    assert "b.txt: cannot be read" in capsys.readouterr().err
+    (tmp_path / "labels/train/b.txt").unlink()
+    (image, _), _, classes, _ = load(tmp_path)  # with a mark of the byte order
+    assert classes == ["0"] and len(image.labels) == 1
+    assert "1 labels without an image, left out" in capsys.readouterr().err
+    Image.new("RGB", (64, 64)).save(tmp_path / "images/train/a.jpg")
+    with pytest.raises(SystemExit):
+        load(tmp_path)
+    assert "another image share the labels" in capsys.readouterr().err
+
+
+def test_what_a_saved_detector_may_not_do(tmp_path, detect, run, drawn, capsys):
+    """Its flags are those of the network alone; anything else that is wrong with it is one line."""
+    detect(drawn, tmp_path / "out", "--epochs", 1)
+    saved = torch.load(tmp_path / "out/detector.pth")
+    predict = ["--predict", drawn / "val/images", "--weights", tmp_path / "out", "--device", "cpu"]
+    predict += ["--output_dir", tmp_path / "new"]
+    saved["args"]["output_dir"] = str(tmp_path / "elsewhere")
+    torch.save(saved, tmp_path / "out/detector.pth")
+    run("eval_detection", *predict)
+    assert len(list((tmp_path / "new/predictions").iterdir())) == 4 and not (tmp_path / "elsewhere").exists()
+    for bad in ({"head": {}}, {"args": None}, {"classes": ["one"]}):
+        torch.save(saved | bad, tmp_path / "out/detector.pth")
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            run("eval_detection", *predict)
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and "detector.pth: not as a run of this script leaves it" in error
+        assert len(error.splitlines()) == 1
 
 
 def test_the_demo_draws_objects_where_its_labels_say(tmp_path):

@@ -605,7 +605,7 @@ def test_bad_input_is_one_line(segment, land, tmp_path, capsys, kind, flags, mes
 
 
 def test_a_run_knows_its_classes_by_what_their_file_says(segment, land, tmp_path, capsys):
-    """And it keeps its segmenter where the test images turn out to be bad, and goes on where they are good."""
+    """And it keeps its segmenter where test images turn out to be bad, to resume when they are mended."""
     for name, text in (("first", "a 0\nb 1\n"), ("moved", "a 0\nb 1\n"), ("other", "b 0\na 1\n")):
         (tmp_path / name).write_text(text)
     run = partial(segment, land, tmp_path / "out", "--classes")
