@@ -2648,11 +2648,11 @@ def save_grid(path: Path, rows: Sequence[Sequence[Tensor]], mean: Sequence[float
     `mean`, `std` and `dtype` are those that normalize was given, see to_picture; default: views are pictures
     in [0, 1]. Returns the picture, 3 x H x W in [0, 1].
     """
-    side = max(max(view.shape[1:]) for row in rows for view in row)
-    grid = torch.ones(len(rows) * len(rows[0]), 3, side, side)
+    H, W = (max(view.shape[dim] for row in rows for view in row) for dim in (1, 2))
+    grid = torch.ones(len(rows) * len(rows[0]), 3, H, W)
     for cell, view in zip(grid, (view for row in rows for view in row), strict=True):
         h, w = view.shape[1:]
-        top, left = (side - h) // 2, (side - w) // 2
+        top, left = (H - h) // 2, (W - w) // 2
         cell[:, top : top + h, left : left + w] = to_picture(view, mean, std, dtype)
     grid = torchvision.utils.make_grid(grid, nrow=len(rows[0]), pad_value=1.0)
     write_atomically(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))

@@ -10,12 +10,12 @@ high-precision bounding box for rotated object detection via Kullback-Leibler di
     # DOTA, one GPU: windows of 1024 px; the second command: the papers' recipe
     python eval_detection.py --data_path DOTA --weights OUT --output_dir BOXES
     python eval_detection.py --data_path DOTA --weights OUT --output_dir BOXES --optimizer sgd --lr .005 \
-        --weight_decay 1e-4 --schedule 8 11
+        --schedule 8 11
     # then the boxes of new images
     python eval_detection.py --predict NEW_IMAGES --weights BOXES --output_dir BOXES
 
 Each position of a pyramid of maps predicts a class, the distances to the four sides of its object's box, and
-how that is turned. No anchors, no special CUDA operators: the figures compare backbones, the best detectors
+the box's angle. No anchors, no special CUDA operators: the figures compare backbones, the best detectors
 get more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
 
     symbol    variable      flag (default)            what
@@ -106,23 +106,24 @@ def get_parser() -> argparse.ArgumentParser:
     add("--head_convs", type=positive(int), default=4, help="convolutions of each head; 2 on a CPU")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), default=12, help="small data needs more")
+    add("--epochs", type=positive(int), default=12, help="we recommend 4,000 steps or more: small data needs "
+        "more epochs")
     add("--batch_size_per_gpu", type=positive(int), default=2, help="windows per process and micro-batch")
     add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="the papers: sgd")
     add("--lr", type=positive(float), default=1e-3, help="not scaled to the batch; we recommend 2e-3 on "
         "small data; the papers: .005 for two images, with sgd")
     add("--backbone_lr", type=positive(float), help="default: .3 of --lr; for random weights --lr is better")
-    add("--schedule", type=positive(int), nargs="+", help="epochs when the rate falls to .1, 8 11 in the "
-        "papers; default: cosine to 0")
-    add("--weight_decay", type=not_negative(float), default=0.05, help="not on biases and norms; sgd: 1e-4")
+    add("--schedule", type=positive(int), nargs="+", help="epochs after which the rate is a tenth, 8 11 "
+        "in the papers; default: cosine to 0")
+    add("--weight_decay", type=not_negative(float), help="not on biases and norms; default: .05, sgd 1e-4")
 
     common.add_run_flags(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict each other; puts in the default of --backbone_lr."""
+    """Refuses flags that contradict each other; puts in the defaults that depend on others."""
     words, default = " ".join(args.weights), get_parser().get_default
     if (args.data_path is None) == (args.predict is None):
         common.fail("--data_path or --predict: give one of the two")
@@ -138,6 +139,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.schedule and max(args.schedule) >= args.epochs:
         common.fail(f"--schedule {max(args.schedule)}: must be less than --epochs {args.epochs}")
     args.backbone_lr = args.backbone_lr or 0.3 * args.lr
+    if args.weight_decay is None:
+        args.weight_decay = {"adamw": 0.05, "sgd": 1e-4}[args.optimizer]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -339,11 +342,12 @@ def load_data(parts: list[tuple[Path, Path, bool]],
     found = sorted({name for _, _, objects in train + test for _, name, _ in objects})
     if file.exists():
         try:
-            classes = [line.strip() for line in file.read_text("utf-8-sig").splitlines() if line.strip()]
+            text = file.read_text("utf-8-sig")
+            classes = ["-".join(line.split()) for line in text.splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             common.fail(f"--data_path: {file}: cannot be read: {error}")
-        if len(set(classes)) < len(classes) or any(" " in name for name in classes):
-            common.fail(f"--data_path: {file}: must be a line for each class, without blanks, none twice")
+        if len(set(classes)) < len(classes):
+            common.fail(f"--data_path: {file}: names a class twice")
     elif not named and all(name.isdecimal() for name in found):
         classes = [str(number) for number in range(max(map(int, found)) + 1)]
     else:
@@ -541,14 +545,14 @@ def distances(positions: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def assign(positions: Tensor, strides: Tensor, boxes: Tensor, ignored: Tensor) -> Tensor:
-    """Number of the box that each position learns, P; -1: background; -2: it counts in no loss.
+    """Number of the box that each position learns, P; -1: it counts in no loss; -2: background.
 
     That is the smallest of those that hold the position, near their centre, and whose size fits its level.
     Positions P x 2, strides P, boxes N x 5, ignored ones (cut off by the window) M x 5.
     """
     low = torch.where(strides == strides.min(), 0, 4 * strides)[:, None]
     high = torch.where(strides == strides.max(), math.inf, 8 * strides)[:, None]
-    index = torch.full_like(strides, -1, dtype=torch.long)
+    index = torch.full_like(strides, -2, dtype=torch.long)
     smallest, first = torch.full_like(strides, math.inf), 0
     for part in boxes.split(128) if len(boxes) else ():  # bounds the memory
         sides, local = distances(positions[:, None], part)  # P x n x 4, P x n x 2
@@ -560,7 +564,7 @@ def assign(positions: Tensor, strides: Tensor, boxes: Tensor, ignored: Tensor) -
         smallest, first = torch.minimum(area, smallest), first + len(part)
     for part in ignored.split(128):
         inside = (distances(positions[:, None], part)[0].amin(-1) > 0).any(1)
-        index[inside & (index == -1)] = -2
+        index[inside & (index == -2)] = -1
     return index
 
 
@@ -620,8 +624,9 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
     boxes = decode(raw, positions[of_position], strides[of_position])
     box_loss = kld_loss if raw.shape[1] == 7 else giou_loss
     parts = {
-        "focal": sigmoid_focal_loss(logits[index > -2], one_hot[index > -2], 0.25, 2, "sum") / positives,
+        "focal": sigmoid_focal_loss(logits[index != -1], one_hot[index != -1], 0.25, 2, "sum") / positives,
         "box": (centreness * box_loss(boxes, truth[:, :5])).sum() / weight,
+        # Of soft targets: its least value is not 0 but their entropy.
         "centreness": F.binary_cross_entropy_with_logits(raw[:, 4], centreness, reduction="sum") / positives}
     if raw.shape[1] == 7:
         parts["angle"] = (centreness * angle_loss(boxes, truth)).sum() / weight

@@ -515,9 +515,9 @@ def test_a_failed_write_leaves_the_old_file_whole(tmp_path, capsys):
 
 
 def test_grid_shows_views_at_their_size(tmp_path):
-    rows = [[torch.zeros(3, 8, 8), torch.zeros(3, 4, 4)]] * 3
+    rows = [[torch.zeros(3, 8, 12), torch.zeros(3, 4, 4)]] * 3
     common.save_grid(tmp_path / "views.png", rows, (0.2, 0.4, 0.6), (1, 1, 1))
     picture = np.array(Image.open(tmp_path / "views.png"))
-    assert picture.shape == (3 * 10 + 2, 2 * 10 + 2, 3)
-    assert picture[2, 2].tolist() == [51, 102, 153] and picture[2, 12].tolist() == [255] * 3
-    assert picture[5, 15].tolist() == [51, 102, 153]
+    assert picture.shape == (3 * 10 + 2, 2 * 14 + 2, 3)
+    assert picture[2, 2].tolist() == [51, 102, 153] and picture[2, 16].tolist() == [255] * 3
+    assert picture[5, 21].tolist() == [51, 102, 153]
