@@ -65,7 +65,7 @@ from tqdm import tqdm
 
 import common
 from common import Process, not_negative, positive
-from eval_knn import append_result, build, load_saved, prepare
+from eval_knn import append_result, build, load_saved, prepare, print_rows
 from eval_segmentation import PREDICT_FLAGS, STRIDES, Pyramid, folder_name, rescale, stem, weights_digest
 
 SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
@@ -897,11 +897,7 @@ def print_table(lines: list[dict]) -> None:
             ["AP50 (boxes)", *(Path(line["weights"]).name[-18:] for line in lines)],
             *([f"{name} ({row['boxes']})", *(line["per_class"][name]["ap50"] for line in lines)]
               for name, row in first["per_class"].items())]
-    print(f"\n{first['boxes']}, {first['train_images']} training and {first['test_images']} test images")
-    for name, *values in rows:
-        words = [x if isinstance(x, str) else f"{x:.2f}" for x in values]
-        print(f"{name:{max(len(row[0]) for row in rows)}}" + "".join(f"{word:>20}" for word in words))
-    print()
+    print_rows(f"{first['boxes']}, {first['train_images']} training, {first['test_images']} test images", rows)
 
 
 def predict(args: argparse.Namespace, process: Process) -> None:

@@ -846,6 +846,16 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
         print_classes(f"{name} of each class at k {tables[0][1][0]}", lines, classes)
 
 
+def print_rows(title: str, rows: Sequence[Sequence[str | float | None]]) -> None:
+    """A table of rows of a name and figures or words; None is a dash."""
+    words = [["-" if x is None else x if isinstance(x, str) else f"{x:.2f}" for x in row] for row in rows]
+    first, other = max(len(row[0]) for row in words), max(len(word) for row in words for word in row[1:])
+    print(f"\n{title}")
+    for name, *values in words:
+        print(f"{name:{first}}" + "".join(f"{word:>{max(9, other) + 2}}" for word in values))
+    print()
+
+
 def print_classes(title: str, lines: list[dict], classes: list[str]) -> None:
     """The figures of each class, with --per_class: a column for each of the weights."""
     if "per_class" in lines[0]:

@@ -67,7 +67,7 @@ from tqdm import tqdm
 
 import common
 from common import Process, not_negative, positive
-from eval_knn import append_result, load_saved, pixel_values
+from eval_knn import append_result, load_saved, pixel_values, print_rows
 
 STRIDES, POOLS = (4, 8, 16, 32), (1, 2, 3, 6)  # of the maps; sides that UPerNet pools to
 IGNORE, UNKNOWN = 255, 254  # in masks of class numbers: what does not count, what no class has
@@ -969,14 +969,11 @@ def print_table(lines: list[dict]) -> None:
     first, order = lines[0], "miou mean_f1 accuracy f1 precision recall iou ap share".split()
     names, ignored = [name for name in order if name in first], ", ".join(first["ignored"]) or "none"
     rows = [["", *names], *([line["weights"], *(line[name] for name in names)] for line in lines),
-            ["IoU of each class", *(Path(line["weights"]).name[-10:] for line in lines)],
+            ["IoU of each class", *(Path(line["weights"]).name[-18:] for line in lines)],
             *zip(first["classes"], *(line["class_iou"] for line in lines), strict=True)]
-    print(f"\n{first['task']}: % of the pixels of {first['test_images']} test images, "
-          f"{first['train_images']} training images; ignored values: {ignored}; -: no test pixel, in no mean")
-    for name, *values in rows:
-        words = ["-" if x is None else x if isinstance(x, str) else f"{x:.2f}" for x in values]
-        print(f"{name:{max(len(row[0]) for row in rows)}}" + "".join(f"{word:>11}" for word in words))
-    print()
+    print_rows(f"{first['task']}: % of the pixels of {first['test_images']} test images, "
+               f"{first['train_images']} training images; ignored values: {ignored}; -: no test pixel, in no mean",
+               rows)
 
 
 def main() -> None:
