@@ -897,7 +897,8 @@ def print_table(lines: list[dict]) -> None:
             ["AP50 (boxes)", *(Path(line["weights"]).name[-18:] for line in lines)],
             *([f"{name} ({row['boxes']})", *(line["per_class"][name]["ap50"] for line in lines)]
               for name, row in first["per_class"].items())]
-    print_rows(f"{first['boxes']}, {first['train_images']} training, {first['test_images']} test images", rows)
+    title = f"{first['boxes']}, {first['train_images']} training and {first['test_images']} test images"
+    print_rows(title, rows)
 
 
 def predict(args: argparse.Namespace, process: Process) -> None:

@@ -972,8 +972,7 @@ def print_table(lines: list[dict]) -> None:
             ["IoU of each class", *(Path(line["weights"]).name[-18:] for line in lines)],
             *zip(first["classes"], *(line["class_iou"] for line in lines), strict=True)]
     print_rows(f"{first['task']}: % of the pixels of {first['test_images']} test images, "
-               f"{first['train_images']} training images; ignored values: {ignored}; -: no test pixel, in no mean",
-               rows)
+               f"{first['train_images']} training images; ignored values: {ignored}; -: no test pixel", rows)
 
 
 def main() -> None:
