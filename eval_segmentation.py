@@ -444,7 +444,8 @@ class CropDataset(torch.utils.data.Dataset):
             image = int(data.changed[int(torch.randint(len(data.changed), ()))])
         *paths, label = data.train[image]
         H, W = data.sizes[image].tolist()
-        changed = (read_mask(label, data.classes) == 1).nonzero() if wants_change else None
+        whole = read_mask(label, data.classes) if wants_change else None
+        changed = None if whole is None else (whole == 1).nonzero()
         if wants_change and not len(changed):
             raise common.UnreadableImageError(f"{label}: changed: it holds no change any more")
         for attempt in range(100):
@@ -461,7 +462,8 @@ class CropDataset(torch.utils.data.Dataset):
             except common.EmptyImageError:  # a part of the scene without data
                 if attempt == 99:
                     raise
-        mask = read_mask(label, data.classes, (slice(top, top + h), slice(left, left + w)))
+        part = slice(top, top + h), slice(left, left + w)
+        mask = read_mask(label, data.classes, part) if whole is None else whole[part]
         return to_crop(crop, mask, scale, self.img_size, int(torch.randint(8, ())))
 
 
