@@ -30,11 +30,12 @@ where something changed, or 1 where that is their largest value.
 
 Figures are pooled over the test set, after the last epoch. Classes without a test pixel count in no mean. For
 change and two classes there is also the average precision of the last class (ap; logits rounded to 1/128),
-beside its share of the pixels.
+beside its share of the pixels. The same command, with a --data_path of the same train/ and another val/,
+evaluates a finished run there.
 
 In OUT: results.jsonl gets a line for each of the weights; segmenter.pth, backbone/, examples.png (image,
-truth, prediction), log.jsonl and checkpoint.pth; several weights have a folder each. `--predict`:
-predictions/.
+truth, prediction), log.jsonl and checkpoint.pth; several weights have a folder each. `--predict` writes to
+OUT/predictions.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -474,6 +475,9 @@ def test_two_processes_share_crops_and_test_images(land, segment, tmp_path):
     # nothing is left to train: one process evaluates the same weights on all images
     both, alone = segment(land, tmp_path / "out", *more)
     assert both["test_images"] == alone["test_images"] == 3
+    for part in ("train", "val"):  # nor on another test set
+        shutil.copytree(land / "train", tmp_path / "other" / part)
+    assert segment(tmp_path / "other", tmp_path / "out", *more)[-1]["test_images"] == 6
     for name in ("miou", "accuracy", "ap", "class_iou"):
         assert both[name] == pytest.approx(alone[name], abs=0.1)
 
