@@ -432,7 +432,7 @@ def test_frozen_means_no_weight_and_no_statistic_changes(segment, land, tmp_path
     after = load_file(tmp_path / "out" / "backbone" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert not changed if not finetune else changed == before.keys()
-    assert Image.open(tmp_path / "out" / "examples.png").size == (3 * 58 + 2, 3 * 58 + 2)
+    assert Image.open(tmp_path / "out" / "examples.png").size == (3 * 58 + 2, 3 * 42 + 2)
 
 
 def test_learning_rates_of_layers_and_what_is_not_trained():
