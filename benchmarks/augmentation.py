@@ -10,7 +10,6 @@ what torchvision gives on the same image, within 3 of 255 levels on average.
 import argparse
 import io
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +23,7 @@ from torchvision import transforms
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
 import dino_mc
-from benchmarks.timing import compare
+from benchmarks.timing import compare, median_seconds
 from demo.scenes import write_dataset
 
 MEAN, STD = common.IMAGENET_MEAN, common.IMAGENET_STD
@@ -96,12 +95,7 @@ def print_parts(dataset: dino_mc.ViewDataset, paths: list[str], encoded: list[by
         "item": lambda: [dataset[0, i] for i in range(len(paths))],
     }
     for name, part in parts.items():
-        times = []
-        for _ in range(15):
-            began = time.perf_counter()
-            part()
-            times.append(time.perf_counter() - began)
-        print(f"{name}: {1000 * statistics.median(times) / len(paths):.2f} ms an image")
+        print(f"{name}: {1000 * median_seconds(part, rounds=15) / len(paths):.2f} ms an image")
     keys = [(epoch, i) for epoch in range(-(-640 // len(paths))) for i in range(len(paths))]
     loader = iter(torch.utils.data.DataLoader(dataset, batch_size=16, sampler=keys, num_workers=1))
     next(loader)

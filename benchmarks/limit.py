@@ -16,7 +16,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.compare import METHODS
+from benchmarks.timing import median_seconds
 
 STEPS = {
     "DINO-MC, ViT-S/16, 4 images": "dino_mc.py --arch vit_small_patch16_224 --batch_size_per_gpu 4",
@@ -77,12 +77,7 @@ def seconds_of(function: object, arguments: tuple, rounds: int = 3) -> float:
     """Of one call, the median of `rounds` warm ones."""
     arguments = [x.make() if isinstance(x, Layout) else list(x) if isinstance(x, tuple) else x
                  for x in arguments]
-    seconds = []
-    for _ in range(1 + rounds):
-        began = time.perf_counter()
-        function(*arguments)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    return median_seconds(lambda: function(*arguments), rounds)
 
 
 def steps(flags: str, data: Path, count: int) -> list[float]:

@@ -7,6 +7,16 @@ from collections.abc import Callable
 import torch
 
 
+def median_seconds(run: Callable, rounds: int) -> float:
+    """Of `rounds` calls, after one that warms up."""
+    seconds = []
+    for _ in range(1 + rounds):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
 def compare(name: str, ours: Callable, plain: Callable, rounds: int = 5, times: float = 1,
             atol: float = 1e-4, rtol: float = 1e-3) -> None:
     """Checks that both return the same tensors (None: not checked here), then times both in turns.
