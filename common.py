@@ -2856,6 +2856,10 @@ class Run:
             return batch.to(self.process.device, non_blocking=True)
         return [part.to(self.process.device, non_blocking=True) for part in batch]
 
+    def is_complete(self) -> bool:
+        """True after all steps; not after --max_steps of them, nor after a signal."""
+        return not self.stopped and self.stop_step == self.total_steps
+
     def is_due(self, step: int) -> bool:
         """True where the log gets a line after `step`: time for figures and pictures that cost something."""
         return (step + 1) % self.args.log_every == 0 or self._ends_period(step + 1)

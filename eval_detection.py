@@ -340,7 +340,7 @@ def load_data(parts: list[tuple[Path, Path, bool]],
     train, test = (read_part(*part, args) for part in parts)
     named, file = not parts[0][2], Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
     found = sorted({name for _, _, objects in train + test for _, name, _ in objects})
-    if file.exists():
+    if listed := file.exists():
         try:
             text = file.read_text("utf-8-sig")
             classes = ["-".join(line.split()) for line in text.splitlines() if line.strip()]
@@ -352,9 +352,9 @@ def load_data(parts: list[tuple[Path, Path, bool]],
         classes = [str(number) for number in range(max(map(int, found)) + 1)]
     else:
         classes = sorted({name for _, _, objects in train for _, name, _ in objects})
-    numbers = {name if named or not file.exists() else str(i): i for i, name in enumerate(classes)}
+    numbers = {name if named or not listed else str(i): i for i, name in enumerate(classes)}
     if unknown := [name for name in found if name not in numbers]:
-        known = f"{file} lacks" if file.exists() else "train/ lacks (list them in classes.txt)"
+        known = f"{file} lacks" if listed else "train/ lacks (list them in classes.txt)"
         common.fail(f"--data_path: unknown classes, which {known}: {', '.join(unknown[:10])}")
     corners = [torch.tensor(np.array([x[0] for x in objects])).float().view(-1, 4, 2)  # N x 4 x 2 per image
                for _, _, objects in train + test]
@@ -857,7 +857,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         detector, own, backbone = detectors.pop(0)
         began = time.perf_counter()
         run = train(detector, train_samples, backbone.dtype, backbone.report, own, process)
-        if run.stopped or run.stop_step < run.total_steps:
+        if not run.is_complete():
             if process.is_main:
                 print(f"no result before the last step: {own.output_dir}")
             if run.stopped:

@@ -572,10 +572,9 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
     common.share_buffers(model, process)
-    finished = run.stop_step == run.total_steps
-    if process.is_main and not finished:
+    if process.is_main and run.stop_step < run.total_steps:
         print(f"stopped before the end; the same command resumes (raise --max_steps): {run.out}")
-    return finished and not run.stopped
+    return run.is_complete()
 
 
 def run_finetune(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str],

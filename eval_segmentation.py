@@ -922,7 +922,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         own, pyramid, report = prepared.pop(0)
         began, model = time.perf_counter(), Segmenter(pyramid, K, own)
         run = train(own, process, data, model, report)
-        if run.stop_step < run.total_steps or run.stopped:
+        if not run.is_complete():
             if process.is_main:
                 print(f"no result before the last step: {own.output_dir}")
             if run.stopped:
