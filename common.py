@@ -1,11 +1,11 @@
-"""Small helpers shared by the scripts. None is a method's idea; take one along with what it calls.
+"""Small helpers shared by the scripts. None belongs to a method; copy one with the helpers that it calls.
 
 What belongs to a method, and each training loop, stands in its script, even where two or four scripts hold
 the same lines. If you fix one copy (`main`, `gather`, `enqueue`, the heads), fix the others.
 
 Order: errors, flags, processes and seeds; pixels and data (TIFF and others, any bands); colour on whole
 batches; weight files of anybody; backbones and their weights; optimisation; what a run writes; `Run`. The two
-readers are the larger half: a file is foreign data, and what is not read to the letter is refused in a line.
+readers are the larger half: files come from anywhere, and what cannot be read exactly is refused in one line.
 """
 
 import argparse
@@ -87,12 +87,12 @@ TOO_LITTLE = {  # what errors of Python and PyTorch say, and what helps
     "shared memory": "too little shared memory for the workers: fewer --num_workers, or a larger /dev/shm "
                      "(docker run --shm-size 8g)",
     "exited unexpectedly": "a worker ended, see above: fewer --num_workers may help",
-    "is killed by signal: Killed": "a worker was killed, likely for want of memory: fewer --num_workers",
+    "is killed by signal: Killed": "a worker was killed, probably out of memory: fewer --num_workers",
     "CUDA out of memory": "too little memory on the GPU: a smaller --batch_size_per_gpu, with --accum_steps",
 }
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
                 if hasattr(signal, name)]  # Windows lacks two
-# Flags of the training scripts that may change between a run and its continuation: those that do not make
+# Flags of the training scripts that may change between a run and its continuation: those that do not define
 # the method. (Batch, accumulation and processes may change, their product, the effective batch, has to stay.)
 FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
               "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
@@ -125,11 +125,11 @@ def one_line(text: object) -> str:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to a flag's help, except where it is None or the text tells it."""
+    """Adds the default to a flag's help, except where it is None or the text has it."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told = action.default is None or "default:" in action.help
-        return action.help if told else super()._get_help_string(action)
+        stated = action.default is None or "default:" in action.help
+        return action.help if stated else super()._get_help_string(action)
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
@@ -252,7 +252,7 @@ def _say_what_is_short(kind: type, error: BaseException, traceback: object) -> N
 
 
 def _end_of_queue(error: BaseException, _: object) -> None:
-    # Of a worker that cannot hand over its batch, for which the main process would wait for ever.
+    # Of a worker that cannot hand over its batch, for which the main process would wait forever.
     sys.excepthook(type(error), error, error.__traceback__)
     os._exit(1)
 
@@ -274,6 +274,48 @@ def _store_of_this_start(rank: int, world_size: int) -> dist.Store:
             store.set(f"name/{other}/{store.add(f'arrivals/{other}', 0)}", name)
         time.sleep(0.05)
     return dist.PrefixStore(name, store)
+
+
+def gather_objects(own: object, process: Process) -> list:
+    """What each process has, in the order of their ranks."""
+    parts = [own] * process.world_size
+    if process.world_size > 1:
+        dist.all_gather_object(parts, own, group=process.cpu_group)
+    return parts
+
+
+def check_alike(process: Process, **values: int) -> None:
+    """Fails when not all processes have the same values, as when machines have folders of their own."""
+    everywhere = gather_objects(values, process)
+    for name, value in values.items():
+        if others := {other[name] for other in everywhere} - {value}:
+            fail(f"{name} is {value} here and {min(others)} in another process: --data_path and --output_dir "
+                 "have to be the same folders on all machines")
+
+
+def from_main(process: Process, function: Callable[[], object]) -> object:
+    """What `function` returns in the main process, for all; if it fails, all end, with that one's line."""
+    if process.world_size == 1:
+        return function()
+    answer, failure = [None, 0], None  # what it returns, exit code
+    if process.is_main:
+        try:
+            answer[0] = function()
+        except BaseException as error:
+            failure, answer[1] = error, error.code if isinstance(error, SystemExit) else 1
+    dist.broadcast_object_list(answer, 0, group=process.cpu_group)
+    if answer[1]:
+        raise failure or SystemExit(answer[1])
+    return answer[0]
+
+
+def agree(process: Process, *flags: bool) -> list[bool]:
+    """Each flag is true in all processes once it is in one of them: a decision they take at the same step."""
+    if process.world_size == 1:
+        return list(flags)
+    votes = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(votes, dist.ReduceOp.MAX, group=process.cpu_group)
+    return votes.bool().tolist()
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -310,7 +352,7 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The context of `--amp` on `device`, which may be entered again and again.
+    """The context of `--amp` on `device`, which may be entered repeatedly.
 
     Also chooses timm's form of attention for models built from now on: on CPUs in bf16 matrix products and
     softmax one by one, there 1.4 to 1.6 times as fast as PyTorch's fused attention, forward and backward.
@@ -339,8 +381,8 @@ class ChangedArchiveError(UnreadableImageError):
     """An archive that is no longer the one that was listed: the run ends, no other image is taken."""
 
 
-# Rows of Paths: start and length are in its text. Strings in a list would be counted, reference by reference,
-# in every worker, which so copies all the memory that it shares with the others.
+# Rows of Paths: start and length are in its text. A list of strings would have its reference counts
+# written in every worker, which copies the memory that it shares with the others.
 FILE = np.dtype([("start", "<i8"), ("length", "<i4"), ("folder", "<i4")])
 MEMBER = np.dtype([*FILE.descr, ("at", "<i8"), ("size", "<i8")])  # also where it lies in an archive
 FOLDER = np.dtype([("start", "<i8"), ("length", "<i4"), ("archive", "<i4")])  # archive: -1 for none
@@ -545,7 +587,7 @@ def _archive_images(path: str, known: dict, flag: str) -> tuple[tuple[str, int, 
     try:
         stat = os.stat(path)
         if not os.path.isfile(path):
-            raise ValueError("no plain file")
+            raise ValueError("not a regular file")
         key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns
         if key in known:
             return key, known[key]
@@ -582,7 +624,7 @@ def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
         kind, size, here = head[156:157], _tar_number(head[124:136]), here + 512
         if head.count(0) == 512:
             if read_at(file, 2**20, here).strip(b"\0"):
-                raise ValueError("goes on behind its end, as of archives joined by cat: join them by tar -A")
+                raise ValueError("has data after its end, as archives joined by cat do: join them by tar -A")
             break
         _check_header(head, size, start)
         if kind in b"LKxXg":  # of the next member: GNU's long names, pax; of all that follow: pax
@@ -616,7 +658,7 @@ def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
             links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
         if kind not in b"123456":  # which have no data
             if not 0 <= size <= end - here:
-                raise ValueError(f"truncated or damaged: {name} is not all there: copy it again")
+                raise ValueError(f"truncated or damaged: {name} is incomplete: copy it again")
             here += -(-size // 512) * 512
     for name, path in links.items():  # symbolic ones; those that lead elsewhere: at 0, where no data begin
         for _ in range(40):
@@ -646,7 +688,7 @@ def _plain_name(path: str) -> str:
 
 
 def _tar_number(field: bytes) -> int:
-    # Octal digits, or behind a byte of 128 a number of base 256; -1 for neither.
+    # Octal digits, or after a byte of 128 a number of base 256; -1 for neither.
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0")[0].strip() or b"0"
@@ -677,7 +719,7 @@ def write_listings(path: Path, listings: Iterable[Paths]) -> None:
 
 
 def read_listings(path: Path) -> dict[tuple[str, int, int], Paths]:
-    """What write_listings kept, by path, size and time; nothing where the file does not hold together."""
+    """What write_listings kept, by path, size and time; nothing where the file is inconsistent."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if sum(entry.file_size for entry in file.zip.infolist()) > os.path.getsize(path):
@@ -807,7 +849,7 @@ def read_image(path: str | Path, in_chans: int = 3, bands: Sequence[int | str] |
 
     Args:
         path: a file; with names in `bands` a folder.
-        in_chans: C; of no account where `bands` are given.
+        in_chans: C; ignored where `bands` are given.
         bands: numbers from 1 choose and order the bands of the file; each name stands for the one file in the
             folder that `is_band`, resized to the largest of them (bilinear).
         window: top, left, height and width of the part to read; of a TIFF only the strips or tiles under it.
@@ -840,13 +882,20 @@ def as_image(pixels: np.ndarray, valid: np.ndarray | None) -> Tensor:
 
 
 def image_size(path: str | Path, in_chans: int = 3,
-               bands: Sequence[int | str] | None = None) -> tuple[int, int]:
-    """Height and width of what read_image would read, without decoding it; raises UnreadableImageError."""
+               bands: Sequence[int | str] | None = None, whole: bool = False) -> tuple[int, int]:
+    """Height and width of what read_image would read, without decoding it; raises UnreadableImageError.
+
+    `whole`: it has to be small enough to be read without a window.
+    """
     with _in_words(path):
         if is_named(bands):
-            return _largest([image_size(file, 1) for file in _band_files(path, bands)])
-        with _opened(path, in_chans, bands) as raster:
-            return raster.height, raster.width
+            size, count = _largest([image_size(file, 1) for file in _band_files(path, bands)]), len(bands)
+        else:
+            with _opened(path, in_chans, bands) as raster:
+                size, count = (raster.height, raster.width), raster.bands
+        if whole:
+            _check_size(*size, count)
+        return size
 
 
 @contextlib.contextmanager
@@ -859,7 +908,7 @@ def _in_words(path: str | Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise  # not the image's fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not isinstance(error, (ValueError, OSError, RuntimeError)):  # a decoder gone astray
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):  # an unexpected one of a decoder
             reason = f"damaged ({type(error).__name__}: {reason})"
         raise UnreadableImageError(f"{path}: {reason}") from error
 
@@ -887,7 +936,7 @@ def _opened(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> Ite
     suffix, is_member = os.path.splitext(path)[1].lower(), isinstance(path, Member)
     if not is_member and os.path.exists(path) and not os.path.isfile(path):
         if not os.path.isdir(path):
-            raise ValueError("no plain file")
+            raise ValueError("not a regular file")
         raise ValueError(UNREAD_KINDS.get(suffix, "a folder: name the bands in it with --bands"))
     with path.open() if is_member else open(path, "rb") as file:
         head = file.read(16)
@@ -906,19 +955,25 @@ def _opened(path: str | Path, in_chans: int, bands: Sequence[int] | None) -> Ite
             yield _open_pillow(file)
 
 
+def _check_size(height: int, width: int, bands: int) -> None:
+    size = f"{height} x {width} pixels of {bands} bands"
+    if height * width * bands < 1:
+        raise ValueError(size)
+    if height * width * bands > MOST_NUMBERS:
+        raise ValueError(f"{size} are too many to read at once: cut the image into parts; "
+                         "pre-training does so with --tile_size")
+
+
 def _read_bands(raster: _Raster, in_chans: int, bands: Sequence[int] | None,
                 part: tuple[slice, slice] | None) -> tuple[np.ndarray, np.ndarray | None]:
     # The bands asked for, h x w x in_chans, uint8 or float32, and which pixels are valid in all (h x w).
     rows, columns = part or (slice(0, raster.height), slice(0, raster.width))
     if rows.stop > raster.height or columns.stop > raster.width:
         raise ValueError(f"{raster.height} x {raster.width} pixels, which do not hold the window")
-    numbers = (rows.stop - rows.start) * (columns.stop - columns.start) * raster.bands
-    if not 0 < numbers <= MOST_NUMBERS:
-        size = f"{raster.height} x {raster.width} pixels of {raster.bands} bands"
-        raise ValueError(f"{size} are too many to read at once: give --tile_size" if numbers else size)
+    _check_size(rows.stop - rows.start, columns.stop - columns.start, raster.bands)
     pixels, valid = raster.read(rows, columns)
     if pixels.shape != (rows.stop - rows.start, columns.stop - columns.start, raster.bands):
-        raise ValueError(f"{shape_words(pixels.shape)} numbers, where its head tells of {raster.height} x "
+        raise ValueError(f"{shape_words(pixels.shape)} numbers, where its header says {raster.height} x "
                          f"{raster.width} pixels of {raster.bands} bands")
     if pixels.dtype.kind not in "biuf":
         raise ValueError(f"{pixels.dtype} pixels, which are no real numbers")
@@ -981,7 +1036,7 @@ def _open_jp2(file: BinaryIO) -> _Raster:
         start += (16 if length == 1 else 8) if kind == b"jp2c" else long if length == 1 else length
         file.seek(start)
         head = file.read(64)
-    right, bottom, left, top = struct.unpack_from(">4I", head, 8)  # behind markers, length, capabilities
+    right, bottom, left, top = struct.unpack_from(">4I", head, 8)  # after markers, length, capabilities
     bands = struct.unpack_from(">H", head, 40)[0]
 
     def read(rows: slice, columns: slice) -> tuple[np.ndarray, None]:
@@ -1026,7 +1081,7 @@ def _open_tiff(file: BinaryIO) -> _Raster:
         page = page.aspage()
         numbers += sum(tag.count for tag in page.tags)  # several pages may point to the same
         if page.offset in places or numbers > 2**25:
-            raise ValueError("a TIFF whose pages go in a circle" if page.offset in places else
+            raise ValueError("a TIFF whose pages form a loop" if page.offset in places else
                              "a TIFF of too many strips, tiles or pages")
         places.add(page.offset)
         pages.append(page)
@@ -1219,14 +1274,14 @@ class Samples(torch.utils.data.Dataset):
         in_chans: see read_image.
         bands: see read_image.
         tile_size: side of the windows; None for whole images.
+        dtype: of the pixels, once it is known: others are unreadable.
     """
 
     def __init__(self, paths: Sequence[str], in_chans: int = 3, bands: Sequence[int | str] | None = None,
-                 tile_size: int | None = None):
+                 tile_size: int | None = None, dtype: torch.dtype | None = None):
         self.paths = paths if isinstance(paths, Paths) else Paths.of(paths)
-        self.bands, self.tile_size = bands, tile_size
+        self.bands, self.tile_size, self.dtype = bands, tile_size, dtype
         self.in_chans = len(bands) if bands else in_chans
-        self.dtype = None  # of the pixels, once it is known: then others are unreadable
         if tile_size:
             self.sizes = np.array([self._size(path) for path in self.paths], np.int32)  # N x 2
             self.ends = (-(-self.sizes // tile_size)).prod(1, dtype=np.int64).cumsum()  # of the windows
@@ -1429,10 +1484,7 @@ def check_there(process: Process, paths: Paths, root: str | Path, flag: str = "-
             lost = lost or path
     some = [path for path in paths[:: math.ceil(len(paths) / 16)] if not isinstance(path, Member)]
     lost = lost or next((path for path in some if not os.path.lexists(path)), "")
-    losses = [lost]
-    if process.world_size > 1:
-        losses = [None] * process.world_size
-        dist.all_gather_object(losses, lost, group=process.cpu_group)
+    losses = gather_objects(lost, process)
     if any(losses):
         if process.rank != next(rank for rank, other in enumerate(losses) if other):
             raise SystemExit(2)  # the first that lacks something says what
@@ -1515,7 +1567,7 @@ def _quiet_worker(_: int) -> None:
 
 
 def _end_workers() -> None:
-    # Workers ignore SIGTERM, so after an error Python's own clean-up would wait for them for ever.
+    # Workers ignore SIGTERM, so after an error Python's own clean-up would wait for them forever.
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else the loader complains that they died
     for worker in multiprocessing.active_children():
@@ -2035,8 +2087,8 @@ def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int |
         global_pool: of a ViT: "avg" for fc_norm(mean of the patch tokens); None: the arch's own.
 
     Returns:
-        the model; its `model_args` attribute holds what timm.create_model needs beside the name to build it
-        again.
+        the model; its attribute `model_args` holds what timm.create_model needs beside the name to build it
+        again, `built_for` is `img_size`.
     """
     if not timm.is_model(arch):
         fail(f"--arch {arch}: timm has no such model{_close_names(arch)}")
@@ -2165,7 +2217,7 @@ def _read_exported(folder: Path, flag: str) -> tuple[dict, dict]:
 
 
 def _pooling(state: dict) -> dict:
-    # ViTs fine-tuned by MAE's code: a norm behind the mean of the patch tokens in place of the last norm.
+    # ViTs fine-tuned by MAE's code: a norm after the mean of the patch tokens in place of the last norm.
     return {"global_pool": "avg"} if "fc_norm.weight" in state and "norm.weight" not in state else {}
 
 
@@ -2361,9 +2413,8 @@ def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | N
     return load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
 
 
-def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int, int],
-                    mean: Sequence[float], std: Sequence[float]) -> None:
-    """Writes config.json and model.safetensors.
+def export_backbone(backbone: nn.Module, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+    """Writes config.json and model.safetensors of a model of build_backbone.
 
     They load by timm.create_model("local-dir:FOLDER", pretrained=True), and by transformers'
     AutoModel.from_pretrained("FOLDER").
@@ -2375,8 +2426,8 @@ def export_backbone(backbone: nn.Module, folder: Path, img_size: int | tuple[int
     backbone = copy.deepcopy(backbone).to("cpu", memory_format=torch.contiguous_format)
     backbone.pretrained_cfg = {
         **{key: backbone.pretrained_cfg.get(key) for key in kept}, "num_classes": 0,
-        "input_size": (len(mean), *timm.layers.to_2tuple(img_size)), "mean": tuple(mean), "std": tuple(std),
-        "crop_pct": 224 / 256, "interpolation": "bicubic"}
+        "input_size": (len(mean), *timm.layers.to_2tuple(backbone.built_for)), "mean": tuple(mean),
+        "std": tuple(std), "crop_pct": 224 / 256, "interpolation": "bicubic"}
     with writing(folder):
         timm.models.save_for_hf(backbone, str(new), model_args=dict(backbone.model_args),
                                 safe_serialization=True)
@@ -2583,48 +2634,11 @@ def versions() -> dict[str, str]:
     return {"python": sys.version.split()[0], **libraries, "commit": git or "unknown"}
 
 
-def check_alike(process: Process, **values: int) -> None:
-    """Fails when not all processes have the same values, as when machines have folders of their own."""
-    if process.world_size == 1:
-        return
-    everywhere = [{}] * process.world_size
-    dist.all_gather_object(everywhere, values, group=process.cpu_group)
-    for name, value in values.items():
-        if others := {other[name] for other in everywhere} - {value}:
-            fail(f"{name} is {value} here and {min(others)} in another process: --data_path and --output_dir "
-                 "have to be the same folders on all machines")
-
-
-def from_main(process: Process, function: Callable[[], object]) -> object:
-    """What `function` returns in the main process, for all; if it fails, all end, with that one's line."""
-    if process.world_size == 1:
-        return function()
-    answer, failure = [None, 0], None  # what it returns, exit code
-    if process.is_main:
-        try:
-            answer[0] = function()
-        except BaseException as error:
-            failure, answer[1] = error, error.code if isinstance(error, SystemExit) else 1
-    dist.broadcast_object_list(answer, 0, group=process.cpu_group)
-    if answer[1]:
-        raise failure or SystemExit(answer[1])
-    return answer[0]
-
-
-def agree(process: Process, *flags: bool) -> list[bool]:
-    """Each flag is true in all processes once it is in one of them: a decision they take at the same step."""
-    if process.world_size == 1:
-        return list(flags)
-    votes = torch.tensor(flags, dtype=torch.uint8)
-    dist.all_reduce(votes, dist.ReduceOp.MAX, group=process.cpu_group)
-    return votes.bool().tolist()
-
-
 @torch.no_grad()
 def feature_std(features: Tensor) -> Tensor:
     """Standard deviation of the unit vectors of N x D features, times sqrt(D).
 
-    1: directions spread evenly; .5 and more is usual behind a ReLU; near 0: all images alike, collapsed.
+    1: directions spread evenly; .5 and more is usual after a ReLU; near 0: all images alike, collapsed.
     """
     return F.normalize(features.float(), dim=-1).std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
@@ -2733,7 +2747,7 @@ class Run:
             self.start_step = self.saved["step"] if self.saved else 0
             if process.is_main and args.tensorboard:
                 self._events = _event_writer(self.out, self.start_step)
-        except SystemExit as error:  # often of one process alone; then the others end without a word
+        except SystemExit as error:  # often of one process alone; then the others end silently
             refused = error
         if agree(process, refused is not None)[0]:
             raise refused or SystemExit(2)
@@ -2753,7 +2767,8 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             fail(f"--output_dir: {path} cannot be resumed: {error}")
         after = {**plain(self.args), **self.identity}
-        before = {name: value for name, value in YOUNGER_FLAGS.items() if name in after} | before
+        younger = YOUNGER_FLAGS | {name: after.get(name) for name in ("weights_digest", "classes")}
+        before = {name: value for name, value in younger.items() if name in after} | before
         changed = [f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
                    for name in sorted(before.keys() | after.keys())
                    if name not in free_flags and before.get(name) != after.get(name)]
@@ -2915,9 +2930,7 @@ class Run:
         if self.process.world_size > 1:
             dist.all_reduce(table, group=self.process.cpu_group)
             table /= self.process.world_size
-            everywhere = [set()] * self.process.world_size
-            dist.all_gather_object(everywhere, unreadable, group=self.process.cpu_group)
-            unreadable = set().union(*everywhere)
+            unreadable = set().union(*gather_objects(unreadable, self.process))
         if not table.isfinite().all():
             row = int((~table.isfinite()).any(1).nonzero()[0])
             fail(f"step {done - len(table) + row + 1}: not finite: {named(table[row])}; the last checkpoint "
@@ -2937,8 +2950,7 @@ class Run:
             state |= {"args": plain(self.args), **self.identity, "step": done,
                       "epoch": done // self.steps_per_epoch, "versions": self.versions}
             if self.backbone is not None:
-                export_backbone(self.backbone, self.out / "backbone", self.args.img_size, self.args.mean,
-                                self.args.std)
+                export_backbone(self.backbone, self.out / "backbone", self.args.mean, self.args.std)
             write_atomically(self.out / "checkpoint.pth", lambda file: torch.save(state, file))
         self.saved_at = time.monotonic()
 
@@ -2986,7 +2998,7 @@ class Run:
 
 
 def _lock(out: Path) -> int | None:
-    # A file number, to be closed after training; the kernel lets go of the lock when this process ends,
+    # A file descriptor, to be closed after training; the kernel releases the lock when this process ends,
     # however it ends. A record lock, because workers inherit the other kind.
     if fcntl is None:
         return None

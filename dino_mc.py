@@ -76,7 +76,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--img_size", type=positive(int), default=224, help="side of the global crops; local ones scale "
         "with it")
     add("--one_date_per_location", action=yes_no, default=False,
-        help="mc, dino: a folder is a place; an epoch takes one of its images, drawn anew")
+        help="mc, dino: a folder is a place; an epoch takes one of its images, another each time")
     common.add_pixel_flags(add)
 
     add = parser.add_argument_group("model").add_argument

@@ -29,7 +29,7 @@ baseline. Read `random_masking`, `MaskedAutoencoder`, `mae_loss` and `train` fir
     -          decoder_*   decoder_dim (512), decoder_depth (8), decoder_heads (16): width, blocks, heads
 
 Differs from the authors' code:
-- for other image sizes fixed positions are computed anew, learned ones resampled and kept fixed; the patch
+- for other image sizes fixed positions are computed again, learned ones resampled and kept fixed; the patch
   projection is resampled, and converted to other channels (TIFF with a page for each band, .npy H x W x C);
 - workers crop, resize and flip with antialiasing, 8-bit images in uint8;
 - reconstruction.png puts back each patch's mean and variance, which `--norm_pix_loss` takes away;
@@ -109,7 +109,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict each other; puts in what depends on others; --img_size becomes (h, w)."""
+    """Refuses flags that contradict each other; fills in defaults that depend on other flags.
+
+    --img_size becomes (height, width).
+    """
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 40, args.epochs)
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
@@ -309,7 +312,7 @@ def convert_positions(pos_embed: Tensor, grid: tuple[int, int],
     now = f"{grid[0]} x {grid[1]}"
     for h in range(1, N + 1):
         if N % h == 0 and torch.allclose(pos_embed[0], sincos_positions(D, (h, N // h)), atol=1e-3):
-            how = "of the file" if grid == (h, N // h) else f"of {h} x {N // h} computed anew for {now}"
+            how = "of the file" if grid == (h, N // h) else f"of {h} x {N // h} recomputed for {now}"
             return sincos_positions(D, grid).unsqueeze(0), f"fixed positions {how}"
     side = math.isqrt(N)
     h, w = old_grid or (side, side)
@@ -429,21 +432,21 @@ def train(args: argparse.Namespace, process: Process) -> None:
     run = common.Run(args, process, samples=len(samples), images=len(samples.paths))
 
     # Network: new (from --init or from scratch) or resumed
-    network = build_network(args)
-    p, grid = network.backbone.patch_embed.patch_size[0], network.backbone.patch_embed.grid_size
+    model = build_network(args)
+    p, grid = model.backbone.patch_embed.patch_size[0], model.backbone.patch_embed.grid_size
     N = grid[0] * grid[1]
     if args.init and not run.saved:
-        init = load_init(network, args)
+        init = load_init(model, args)
     else:
-        init = common.init_backbone(network.backbone, args, run.saved)
-    common.to_device(network, process.device)
+        init = common.init_backbone(model.backbone, args, run.saved)
+    common.to_device(model, process.device)
     optimizer, scaler = timm.optim.create_optimizer_v2(
-        common.param_groups(network), opt="adamw", lr=args.lr, weight_decay=args.weight_decay,
+        common.param_groups(model), opt="adamw", lr=args.lr, weight_decay=args.weight_decay,
         betas=(0.9, 0.95), fused=True), run.scaler
-    run.restore(network.backbone, model=network, optimizer=optimizer)
+    run.restore(model.backbone, model=model, optimizer=optimizer)
     if args.compile:
-        network.compile()
-    model = common.distributed(network, process)
+        model.compile()
+    ddp_model = common.distributed(model, process)
 
     loader = run.loader(CropDataset(samples, args.img_size, args.seed))
     base_lr = args.lr * run.effective_batch / 256
@@ -470,9 +473,9 @@ def train(args: argparse.Namespace, process: Process) -> None:
             target = normalize_patches(patches)[0] if args.norm_pix_loss else patches
             if step == micro == 0:
                 draw_pictures(run, "views.png", patches, mask, None, p, grid, crops.dtype)
-            with common.accumulating(model, micro, args.accum_steps):
+            with common.accumulating(ddp_model, micro, args.accum_steps):
                 with run.autocast:
-                    prediction, features = model(images, ids_keep, ids_restore)  # B x N x (p * p * C), B x D
+                    prediction, features = ddp_model(images, ids_keep, ids_restore)  # B x N x (p² C), B x D
                 loss = mae_loss(prediction, target, mask)
                 scaler.scale(loss / args.accum_steps).backward()
             # The loss if each hidden patch were painted in its own mean; about 1 with norm_pix_loss.

@@ -54,6 +54,8 @@ from typing import NamedTuple
 
 import numpy as np
 import shapely
+import timm.layers
+import timm.optim
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -65,13 +67,15 @@ from tqdm import tqdm
 
 import common
 from common import Process, not_negative, positive
-from eval_knn import append_result, build, load_saved, prepare, print_rows
-from eval_segmentation import PREDICT_FLAGS, STRIDES, Pyramid, folder_name, rescale, stem, weights_digest
+from eval_knn import add_weights_flags, append_result, build, load_saved, prepare, print_rows, weights_digest
+from eval_segmentation import NOT_FINITE, STRIDES, Pyramid, check_mode, folder_name, rescale, stem
 
 SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
 SETTINGS = """finetune epochs batch_size_per_gpu accum_steps optimizer lr backbone_lr schedule weight_decay
-    seed checkpoint_key allow_partial""".split()  # also in a line of results
+    seed amp checkpoint_key allow_partial""".split()  # also in a line of results
 CLIP_GRAD = 35.0  # greatest norm of the gradient, as in the papers
+SCORE, MOST_BOXES = 0.05, 2000  # boxes of an image that go on to non-maximum suppression: above, at most
+NMS_IOU = {True: 0.1, False: 0.5}  # of oriented boxes, of horizontal ones
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -90,13 +94,7 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_pixel_flags(add, tiles=False)
 
     add = parser.add_argument_group("model").add_argument
-    add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
-        "timm name, random; for --predict a folder of this script")
-    add("--arch", help="timm name, of a net with maps at strides 4 to 32 or a plain ViT; for a bare state "
-        "dict, and for random alone")
-    add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
-    add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors unfilled")
+    add_weights_flags(add, "or, with --predict, a folder of this script")
 
     add = parser.add_argument_group("method").add_argument
     add("--finetune", action=yes_no, default=True, help="train the backbone too; without: it stays frozen")
@@ -109,7 +107,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--epochs", type=positive(int), default=12, help="we recommend 4,000 steps or more: small data needs "
         "more epochs")
     add("--batch_size_per_gpu", type=positive(int), default=2, help="windows per process and micro-batch")
-    add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step")
+    add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step, where memory "
+        "is small")
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="the papers: sgd")
     add("--lr", type=positive(float), default=1e-3, help="not scaled to the batch; we recommend 2e-3 on "
         "small data; the papers: .005 for two images, with sgd")
@@ -123,21 +122,15 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict each other; puts in the defaults that depend on others."""
-    words, default = " ".join(args.weights), get_parser().get_default
-    if (args.data_path is None) == (args.predict is None):
-        common.fail("--data_path or --predict: give one of the two")
-    if args.predict and len(args.weights) > 1:
-        common.fail(f"--weights {words}: one at a time with --predict")
-    for name, value in vars(args).items():
-        if args.predict and name not in PREDICT_FLAGS and value != default(name):
-            common.fail(f"--{name}: not with --predict, it is what the weights were trained with")
-    if "image_stats" in args.weights or len(set(map(folder_name, args.weights))) < len(args.weights):
-        common.fail(f"--weights {words}: must be different, and no image_stats")
-    if args.fpn_dim % 64:  # GroupNorm takes 32 groups, of two channels or more where a map is one cell
-        common.fail(f"--fpn_dim {args.fpn_dim}: must be a multiple of 64")
+    """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
+    changed = check_mode(args, get_parser())
+    if "backbone_lr" in changed and not args.finetune:
+        common.fail(f"--backbone_lr {args.backbone_lr}: not with --no-finetune")
+    if args.fpn_dim % 32 or args.fpn_dim < 64:  # 32 groups of two channels or more: a map may be one cell
+        common.fail(f"--fpn_dim {args.fpn_dim}: must be a multiple of 32, at least 64")
     if args.schedule and max(args.schedule) >= args.epochs:
-        common.fail(f"--schedule {max(args.schedule)}: must be less than --epochs {args.epochs}")
+        common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be less than --epochs "
+                    f"{args.epochs}")
     args.backbone_lr = args.backbone_lr or 0.3 * args.lr
     if args.weight_decay is None:
         args.weight_decay = {"adamw": 0.05, "sgd": 1e-4}[args.optimizer]
@@ -272,6 +265,8 @@ def parse_label(line: str, yolo: bool, size: tuple[int, int]) -> tuple[np.ndarra
     name, rest = (words[0], words[1:]) if yolo else (words[8], words[:8])
     if yolo and not (name.isascii() and name.isdecimal() and len(name) < 5):
         raise ValueError(f"{name[:40]}: not a class number from 0 to 9999")
+    if not yolo and len(words) > 9 and not words[9].isdecimal():
+        raise ValueError(f"{words[9][:40]}: not 0 or 1 for difficult (a class has no blanks)")
     numbers, difficult = np.array(rest, dtype=np.float64), not yolo and len(words) > 9 and int(words[9]) > 0
     if len(numbers) == 4:
         x, y, w, h = numbers
@@ -284,61 +279,72 @@ def parse_label(line: str, yolo: bool, size: tuple[int, int]) -> tuple[np.ndarra
     return corners, name, difficult
 
 
-def find_part(root: Path, *names: str) -> tuple[Path, Path, bool]:
-    """Folders of images and labels of the first of the parts `names`, and whether the labels are YOLO's."""
+class Part(NamedTuple):
+    """The files of train/ or val/."""
+
+    name: str
+    images: Path  # folders
+    labels: Path
+    yolo: bool  # or DOTA
+    paths: common.Paths  # of the images
+
+
+def find_part(args: argparse.Namespace, *names: str) -> Part:
+    """The first of the parts `names` of --data_path, with the list of its images."""
+    root = Path(args.data_path)
     for part, kind in itertools.product(names, ("labelTxt", "labels")):
         for images, labels in ((f"{part}/images", f"{part}/{kind}"), (f"images/{part}", f"{kind}/{part}")):
-            if (root / images).is_dir() and (root / labels).is_dir():
-                return root / images, root / labels, kind == "labels"
+            if os.path.isdir(root / images) and os.path.isdir(root / labels):
+                paths = common.list_images(root / images, args.output_dir, bands=args.bands)
+                return Part(part, root / images, root / labels, kind == "labels", paths)
     common.fail(f"--data_path {root}: needs {names[0]}/images and {names[0]}/labelTxt (DOTA) or "
                 f"{names[0]}/labels (YOLO)")
 
 
-def read_part(images: Path, labels: Path, yolo: bool, args: argparse.Namespace) -> list[tuple]:
+def read_part(part: Part, args: argparse.Namespace) -> list[tuple]:
     """Path, size and objects, as of parse_label, of all images that can be read."""
     read, outside, lost, files = [], [], [], set()
-    paths = common.list_images(images, args.output_dir, bands=args.bands)
-    for path in paths:
-        try:
-            size, objects = common.image_size(path, args.in_chans, args.bands), []
-        except common.UnreadableImageError as error:
-            lost.append(str(error))
-            continue
-        file = labels / f"{stem(path, images)}.txt"
+    for path in part.paths:
+        file = part.labels / f"{stem(path, part.images)}.txt"
         if file in files:
             common.fail(f"--data_path: {path} and another image share the labels of {file}")
         files.add(file)
+        try:
+            size, objects = common.image_size(path, args.in_chans, args.bands, whole=True), []
+        except common.UnreadableImageError as error:
+            lost.append(str(error))
+            continue
         try:
             lines = file.read_text("utf-8-sig", "replace").splitlines() if os.path.lexists(file) else []
         except OSError as error:
             common.fail(f"--data_path: {file}: cannot be read: {error.strerror}")
         for number, line in enumerate(lines, 1):
             try:
-                parsed = parse_label(line, yolo, size)
+                parsed = parse_label(line, part.yolo, size)
             except ValueError as error:
                 common.fail(f"--data_path: {file}, line {number}: {error}")
-            if parsed and (parsed[0].max(0) > 0).all() and (parsed[0].min(0) < size[::-1]).all():
+            if parsed and (parsed[0].max(0) > 0).all() and (parsed[0].min(0) < size[::-1]).all() \
+                    and np.linalg.det(np.cov(parsed[0].T)) > 1e-6:  # not all corners on a line
                 objects.append(parsed)
             elif parsed:
                 outside.append(f"{file}, line {number}")
         read.append((path, size, objects))
-    alone = [file for file in labels.rglob("*.txt") if file not in files and file.name != "classes.txt"]
-    for rows, words in ((outside, "boxes outside their images"), (lost, "unreadable images"),
+    alone = [file for file in part.labels.rglob("*.txt") if file not in files and file.name != "classes.txt"]
+    for rows, words in ((outside, "boxes outside their images or without area"), (lost, "unreadable images"),
                         (alone, "labels without an image")):
         if rows:
             print(f"warning: {len(rows)} {words}, left out: {common.one_line(rows[0])}", file=sys.stderr)
-    if len(lost) > 0.01 * len(paths):
-        common.fail(f"--data_path: {len(lost)} of {len(paths)} images unreadable, over 1 %", code=1)
+    if len(lost) > 0.01 * len(part.paths):
+        common.fail(f"--data_path: {len(lost)} of {len(part.paths)} images are unreadable, more than 1 %", 1)
     if not any(not difficult for _, _, objects in read for *_, difficult in objects):
-        common.fail(f"--data_path: {labels} holds no box, or difficult ones alone, for {len(read)} images")
+        common.fail(f"--data_path: {part.labels} has no box that is not difficult, for {len(read)} images")
     return read
 
 
-def load_data(parts: list[tuple[Path, Path, bool]],
-              args: argparse.Namespace) -> tuple[SampleList, SampleList, list[str]]:
-    """Training and test images and the classes' names, of find_part's folders; sets args.boxes if auto."""
-    train, test = (read_part(*part, args) for part in parts)
-    named, file = not parts[0][2], Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
+def load_data(parts: list[Part], args: argparse.Namespace) -> tuple[SampleList, SampleList, list[str]]:
+    """Training and test images and the classes' names; sets args.boxes if auto."""
+    train, test = (read_part(part, args) for part in parts)
+    named, file = not parts[0].yolo, Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
     found = sorted({name for _, _, objects in train + test for _, name, _ in objects})
     if listed := file.exists():
         try:
@@ -348,7 +354,7 @@ def load_data(parts: list[tuple[Path, Path, bool]],
             common.fail(f"--data_path: {file}: cannot be read: {error}")
         if len(set(classes)) < len(classes):
             common.fail(f"--data_path: {file}: names a class twice")
-    elif not named and all(name.isdecimal() for name in found):
+    elif not named:
         classes = [str(number) for number in range(max(map(int, found)) + 1)]
     else:
         classes = sorted({name for _, _, objects in train for _, name, _ in objects})
@@ -370,11 +376,9 @@ def load_data(parts: list[tuple[Path, Path, bool]],
 
 def windows_of(size: tuple[int, int], img_size: int) -> list[tuple[int, int]]:
     """Tops and lefts of windows that cover an image; a fifth overlaps, the last are shifted inwards."""
-    step, starts = max(1, round(0.8 * img_size)), []
-    for side in size:
-        count = 1 + max(0, math.ceil((side - img_size) / step))
-        starts.append([max(0, min(i * step, side - img_size)) for i in range(count)])
-    return list(itertools.product(*starts))
+    step = max(1, round(0.8 * img_size))
+    return list(itertools.product(*([*range(0, side - img_size, step), max(0, side - img_size)]
+                                    for side in size)))
 
 
 def share_inside(boxes: Tensor, window: tuple[int, int, int, int], size: tuple[int, int]) -> Tensor:
@@ -427,7 +431,7 @@ class BoxWindows(torch.utils.data.Dataset):
         # One of the eight turns and flips, of the pixels and of the corners.
         turn = int(torch.randint(8, ()))
         window = window.rot90(turn % 4, (1, 2))
-        for _ in range(turn % 4):  # against the clock
+        for _ in range(turn % 4):  # counter-clockwise
             x, y = y, S - x
         if turn >= 4:
             window, x = window.flip(-1), S - x
@@ -643,9 +647,8 @@ Found = tuple[Tensor, Tensor, Tensor]  # boxes N x 5, scores N and class numbers
 
 
 @torch.inference_mode()
-def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process: Process,
-           least: float = 0.05, most: int = 2000) -> Found:
-    """The `most` best boxes of an image C x H x W above the score `least`, of all its windows; on the CPU."""
+def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process: Process) -> Found:
+    """Detects objects in one image C x H x W: the best boxes of its windows, merged; on the CPU."""
     S, found, oriented = args.img_size, [], args.boxes == "oriented"
     places = windows_of(image.shape[1:], S)
     for first in range(0, len(places), args.batch_size_per_gpu):
@@ -657,16 +660,18 @@ def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process
             outputs = detector(common.normalize(x, args.mean, args.std, windows.dtype))
         logits, raw, positions, strides = outputs
         scores = logits.sigmoid() * raw[..., 4:5].sigmoid()  # B x P x K
+        if not scores.isfinite().all():
+            common.fail(NOT_FINITE, code=1, everywhere=True)
         for i, (top, left) in enumerate(part):
-            score, flat = scores[i].flatten().topk(min(most, scores[i].numel()))
+            score, flat = scores[i].flatten().topk(min(MOST_BOXES, scores[i].numel()))
             at, labels = flat // logits.shape[2], flat % logits.shape[2]
             boxes = decode(raw[i, at], positions[at], strides[at])
             boxes[:, :2] += boxes.new_tensor([left, top])
-            fine = boxes.isfinite().all(1) & (boxes[:, 2:4].amin(1) >= 0.5) & (score > least)
+            fine = boxes.isfinite().all(1) & (boxes[:, 2:4].amin(1) >= 0.5) & (score > SCORE)
             found.append([values[fine].cpu() for values in (boxes, score, labels)])
     boxes, scores, labels = map(torch.cat, zip(*found, strict=True))
-    best = scores.topk(min(most, len(scores))).indices
-    kept = best[nms(boxes[best], scores[best], labels[best], 0.1 if oriented else 0.5)]
+    best = scores.topk(min(MOST_BOXES, len(scores))).indices
+    kept = best[nms(boxes[best], scores[best], labels[best], NMS_IOU[oriented])]
     return canonical(boxes[kept]) if oriented else boxes[kept], scores[kept], labels[kept]
 
 
@@ -684,7 +689,7 @@ def detect_all(detector: nn.Module, samples: common.Samples, args: argparse.Name
     if process.world_size > 1:
         dist.all_reduce(lost, group=process.cpu_group)
     if lost > 0.01 * len(samples):
-        common.fail(f"{lost} of {len(samples)} images unreadable, over 1 %", code=1)
+        common.fail(f"{lost} of {len(samples)} images are unreadable, more than 1 %", code=1)
 
 
 def match(iou: np.ndarray, difficult: np.ndarray, threshold: float) -> np.ndarray:
@@ -733,6 +738,8 @@ def evaluate(found: dict[int, Found], samples: Sequence[Sample], classes: list[s
             per_class[name] = {"boxes": boxes, "ap50": areas[0], "ap50_eleven_points": points[0],
                                "ap75": areas[thresholds.index(0.75)],
                                **({} if oriented else {"ap50_95": sum(areas) / len(areas)})}
+    if not per_class:
+        common.fail("none of the test images with boxes could be read", code=1)
     table = {name: {key: round(value, 3) for key, value in row.items()} for name, row in per_class.items()}
     figures = [key for key in next(iter(table.values())) if key != "boxes"]
     return {key: round(sum(row[key] for row in per_class.values()) / len(table), 3) for key in figures} | {
@@ -756,7 +763,7 @@ def draw_examples(found: dict[int, Found], samples: Sequence[Sample], pixels: co
                   args: argparse.Namespace) -> None:
     """Writes examples.png, of up to 8 images: the truth, and what was found with a score above .3.
 
-    Of two classes found at one place the surer is drawn.
+    Where two classes overlap, the more confident box is drawn.
     """
     rows = []
     for i in list(found)[:: math.ceil(len(found) / 8)]:
@@ -775,9 +782,11 @@ def draw_examples(found: dict[int, Found], samples: Sequence[Sample], pixels: co
 
 def build_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
     """AdamW, or SGD with momentum .9; the backbone at its own rate."""
-    groups = common.param_groups(detector.head)
-    for group in common.param_groups(detector.pyramid) if args.finetune else ():
-        groups.append(group | {"lr_scale": args.backbone_lr / args.lr})
+    groups, backbone = common.param_groups(detector.head), detector.pyramid.backbone
+    skip = getattr(backbone, "no_weight_decay", tuple)()  # such as the positions of a ViT
+    if args.finetune:
+        own = timm.optim.param_groups_weight_decay(backbone, args.weight_decay, no_weight_decay_list=skip)
+        groups += [group | {"lr_scale": args.backbone_lr / args.lr} for group in own]
     if args.optimizer == "adamw":
         return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
     return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -798,17 +807,20 @@ def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, rep
     dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,
                          args.bands)
     run = common.Run(args, process, samples=len(dataset), images=len(samples))
+    if process.world_size > 1 and process.device.type == "cuda":
+        detector = timm.layers.convert_sync_batchnorm(detector)
     common.to_device(detector, process.device)
     # BatchNorm of the backbone keeps its statistics, except those that an untrained one still has to find.
     detector.train()
     detector.pyramid.train(args.finetune and args.weights == ["random"])
     optimizer, scaler = build_optimizer(detector, args), run.scaler
-    run.restore(detector.pyramid.backbone, detector=detector, optimizer=optimizer)
+    run.restore(None, detector=detector, optimizer=optimizer)
     if args.compile:
         detector.compile()
     ddp_detector = common.distributed(detector, process)
 
-    for step in run.steps(run.loader(dataset), report, boxes=sum(len(sample.labels) for sample in samples)):
+    init = f"resumed at step {run.start_step}" if run.start_step else report
+    for step in run.steps(run.loader(dataset), init, boxes=sum(len(sample.labels) for sample in samples)):
         lr = learning_rate(step, run, args)
         common.set_lr(optimizer, lr)
         terms = []
@@ -834,14 +846,9 @@ def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, rep
 def compare(args: argparse.Namespace, process: Process) -> None:
     """Trains and evaluates a detector on each of --weights, and writes the results."""
     out, lines = common.make_output_dir(args.output_dir, process), []
-
-    def find() -> tuple[list[tuple[Path, Path, bool]], common.Paths]:
-        parts = [find_part(Path(args.data_path), *names) for names in (("train",), ("val", "test"))]
-        return parts, common.list_images(parts[0][0], args.output_dir, bands=args.bands)
-
-    parts, paths = common.from_main(process, find)
-    common.check_there(process, paths, args.data_path)
-    backbones = prepare(args, process, paths)
+    parts = common.from_main(process, lambda: [find_part(args, "train"), find_part(args, "val", "test")])
+    common.check_there(process, parts[0].paths, args.data_path)
+    backbones = prepare(args, process, parts[0].paths, baselines=("random",))
     train_samples, test_samples, classes, args.boxes = common.from_main(
         process, lambda: (*load_data(parts, args), args.boxes))
     detectors = []
@@ -849,37 +856,36 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         own = argparse.Namespace(**vars(args))
         own.weights, own.arch = [name], backbone.arch
         own.mean, own.std = list(backbone.mean), list(backbone.std)
-        own.output_dir = str(out / folder_name(name) if len(backbones) > 1 else out)
-        own.weights_digest = weights_digest(backbone.model)
+        own.output_dir = str(out / folder_name(name) if len(args.weights) > 1 else out)
+        own.weights_digest, own.classes = weights_digest(backbone.model), classes
         detectors.append((build_detector(backbone.model, len(classes), own), own, backbone))
+    del backbones
 
     while detectors:  # a network leaves the device with its turn
         detector, own, backbone = detectors.pop(0)
         began = time.perf_counter()
         run = train(detector, train_samples, backbone.dtype, backbone.report, own, process)
-        if not run.is_complete():
+        complete, stopped = run.is_complete(), run.stopped
+        del run  # which holds the optimizer
+        if not complete:
             if process.is_main:
-                print(f"no result before the last step: {own.output_dir}")
-            if run.stopped:
+                print(f"no result before the last step; the same command resumes: {own.output_dir}")
+            if stopped:
                 return
             continue
         if process.is_main:
-            saved = {"head": detector.head.state_dict(), "classes": classes,
-                     "args": {name: getattr(own, name) for name in SAVED_FLAGS},
-                     "is_uint8": backbone.dtype == torch.uint8}
-            common.write_atomically(Path(own.output_dir) / "detector.pth", partial(torch.save, saved))
-        pixels = common.Samples(test_samples.paths, own.in_chans, own.bands)
-        pixels.dtype = backbone.dtype
-        mine = dict(detect_all(detector, pixels, own, process))
-        parts = [mine] * process.world_size
-        if process.world_size > 1:
-            dist.all_gather_object(parts, mine, group=process.cpu_group)
+            save_detector(detector, classes, backbone.dtype, own)
+        pixels = backbone.images(test_samples.paths)
+        found = {}
+        for part in common.gather_objects(dict(detect_all(detector, pixels, own, process)), process):
+            found |= part
         if not process.is_main:
             continue
-        found = {i: part[i] for i in range(len(pixels)) for part in parts if i in part}
+        found = dict(sorted(found.items()))
         draw_examples(found, test_samples, pixels, own)
         lines.append({"task": "detection", "weights": own.weights[0], "data": args.data_path,
-                      "train_images": len(train_samples), "test_images": len(found),
+                      "split": f"train/{parts[1].name}", "train_images": len(train_samples),
+                      "test_images": len(found),
                       **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]},
                       **evaluate(found, test_samples, classes, own.boxes == "oriented"),
                       "loading": backbone.report,
@@ -888,6 +894,16 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     if process.is_main and lines:
         print_table(lines)
         print("\n".join(map(json.dumps, lines)), flush=True)
+
+
+def save_detector(detector: Detector, classes: list[str], dtype: torch.dtype,
+                  args: argparse.Namespace) -> None:
+    """Writes detector.pth and backbone/, which --predict takes."""
+    out, settings = Path(args.output_dir), {name: getattr(args, name) for name in SAVED_FLAGS}
+    common.export_backbone(detector.pyramid.backbone, out / "backbone", args.mean, args.std)
+    saved = {"head": detector.head.state_dict(), "classes": classes, "args": settings,
+             "is_uint8": dtype == torch.uint8}
+    common.write_atomically(out / "detector.pth", partial(torch.save, saved))
 
 
 def print_table(lines: list[dict]) -> None:
@@ -903,7 +919,8 @@ def print_table(lines: list[dict]) -> None:
 
 def predict(args: argparse.Namespace, process: Process) -> None:
     """Writes OUT/predictions, a text per image of the folder: a line of DOTA for each box, and its score."""
-    source, root = Path(args.weights[0]), Path(args.predict)
+    source, root, done = Path(args.weights[0]), Path(args.predict), 0
+    out = common.make_output_dir(args.output_dir, process) / "predictions"
     with load_saved(source, "detector.pth") as saved:
         vars(args).update({name: saved["args"][name] for name in SAVED_FLAGS})
         state, info = common.read_weights(str(source))
@@ -917,21 +934,20 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     common.check_there(process, paths, root, "--predict")
     if len({stem(path, root) for path in paths}) < len(paths):
         common.fail(f"--predict {root}: has two images of one stem")
-    samples = common.Samples(paths, args.in_chans, args.bands)
-    samples.dtype = dtype
-    out = common.make_output_dir(args.output_dir, process) / "predictions"
     if process.is_main:
         print(backbone.report)
-    for i, (boxes, scores, labels) in detect_all(common.to_device(detector, process.device), samples, args,
-                                                 process):
+    common.to_device(detector, process.device)
+    for i, (boxes, scores, labels) in detect_all(detector, backbone.images(paths), args, process):
         lines = []
         for corners, score, label in zip(to_corners(boxes), scores, labels, strict=True):
             numbers = " ".join(f"{x:.1f}" for x in corners.flatten().tolist())
             lines.append(f"{numbers} {classes[label]} 0 {score:.3f}\n")
         data = "".join(lines).encode()
         common.write_atomically(out / f"{stem(paths[i], root)}.txt", lambda file, data=data: file.write(data))
+        done += 1
+    done = sum(common.gather_objects(done, process))
     if process.is_main:
-        print(f"boxes of {len(paths)} images: {out}")
+        print(f"boxes of {done} of {len(paths)} images: {out}")
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ the rank is at most N and D.
 import argparse
 import contextlib
 import csv
+import hashlib
 import json
 import math
 import os
@@ -52,7 +53,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import to_2tuple
 from torch import Tensor, nn
@@ -106,10 +106,10 @@ def add_split_flags(add: Callable) -> None:
     common.add_pixel_flags(add, tiles=False)
 
 
-def add_weights_flags(add: Callable) -> None:
-    """Adds the flags that `prepare` takes to a group's `add`."""
+def add_weights_flags(add: Callable, also: str = "image_stats (mean and std per channel)") -> None:
+    """Adds the flags that `prepare` takes to a group's `add`; `also`: what else --weights may be."""
     add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
-        "name of timm's pretrained weights, random, image_stats (mean and std per channel)")
+        f"name of timm's pretrained weights, random, {also}")
     add("--arch", help="timm name; for a bare state dict, and for random alone")
     add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
     add("--checkpoint_key", help="network of a checkpoint to take, such as student; default: the one that "
@@ -335,20 +335,18 @@ def read_rows(file: Path, found: dict[str, str]) -> tuple[dict[str, tuple[set[st
 class Backbone:
     """A network to evaluate and the images that it takes."""
 
-    model: nn.Module  # B x C x img_size x img_size -> B x D
+    model: nn.Module | None  # B x C x img_size x img_size -> B x D; None: pixels
     img_size: int
     mean: Sequence[float]  # C, of the channels
     std: Sequence[float]
-    arch: str | None  # None: image statistics
+    arch: str | None  # None: image_stats, pixels
     report: str  # where its weights come from
     bands: list[int | str] | None = None  # see common.read_image
     dtype: torch.dtype | None = None  # of the pixels; others are unreadable
 
     def images(self, paths: Sequence[str]) -> common.Samples:
         """The images as their files have them."""
-        images = common.Samples(paths, len(self.mean), self.bands)
-        images.dtype = self.dtype
-        return images
+        return common.Samples(paths, len(self.mean), self.bands, dtype=self.dtype)
 
 
 class CenterCrops(torch.utils.data.Dataset):
@@ -404,18 +402,15 @@ class ImageStats(nn.Module):
         return torch.cat([images.mean((2, 3)), images.std((2, 3))], 1)
 
 
-BASELINES = ("random", "image_stats")
-
-
-def prepare(args: argparse.Namespace, process: Process, paths: Sequence[str],
-            drop_path: float = 0) -> list[Backbone]:
+def prepare(args: argparse.Namespace, process: Process, paths: Sequence[str], drop_path: float = 0,
+            baselines: Sequence[str] = ("random", "image_stats")) -> list[Backbone]:
     """Builds and fills the backbone of each of --weights; a baseline takes after the first of the others.
 
     Sets args.in_chans: as given, or as many as --bands, or as the first weights have, else 3. `paths`: the
     training images, whose pixels are looked at.
     """
     sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
-               if name not in BASELINES}
+               if name not in baselines}
     borrowed = next((info for _, info in sources.values()), {})
     common.check_bands(args, len(borrowed.get("mean", common.IMAGENET_MEAN)))
     samples = common.Samples(paths, args.in_chans, args.bands)
@@ -470,6 +465,8 @@ def build(name: str, state: dict, info: dict, mean: Sequence[float], std: Sequen
             mean, std = (0.0,) * len(mean), (1.0,) * len(std)
         report = "image_stats: mean and std"
         return Backbone(ImageStats(), img_size, mean, std, None, report, args.bands, dtype)
+    if name == "pixels":
+        return Backbone(None, img_size, mean, std, None, "pixels: the colours alone", args.bands, dtype)
     arch = args.arch or info.get("arch")
     if arch is None:
         common.fail(f"--weights {name}: give its --arch")
@@ -482,9 +479,22 @@ def build(name: str, state: dict, info: dict, mean: Sequence[float], std: Sequen
     report = f"{name}: initial weights of seed {args.seed}"
     if state:
         report = common.load_backbone(model, state, name, args.allow_partial)
-    if img_size % (multiple := common.patch_multiple(model)):
-        common.fail(f"--img_size {img_size}: no multiple of the patch, {multiple}")
     return Backbone(model, img_size, mean, std, arch, f"{arch}: {report}", args.bands, dtype)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """Digest of the weights: a run is not resumed with others of the same name."""
+    digest = hashlib.blake2b(digest_size=8)
+    for x in model.state_dict().values():
+        digest.update(x.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def check_patches(backbones: list[Backbone]) -> None:
+    """Fails where the centre crops are not of whole patches."""
+    for backbone in backbones:
+        if backbone.img_size % (multiple := common.patch_multiple(backbone.model)):
+            common.fail(f"--img_size {backbone.img_size}: must be a multiple of the patch, {multiple}")
 
 
 def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -515,26 +525,20 @@ def extract_features(backbone: Backbone, dataset: torch.utils.data.Dataset, args
             own.append((model(images.to(process.device, non_blocking=True)).float().cpu(), numbers))
         unreadable += filter(None, message)
     for message in unreadable:
-        print(f"warning: unreadable, left out: {message}", file=sys.stderr)
-    parts = gather(own, process)
+        print(f"warning: unreadable, left out: {common.one_line(message)}", file=sys.stderr)
+    parts = common.gather_objects(own, process)
     # Batch number i was the process i % world_size's next one.
     in_order = [parts[i % process.world_size][i // process.world_size] for i in range(len(batches))]
     features, index = (torch.cat(column) for column in zip(*in_order, strict=True))
     lost = int((index < 0).sum())
-    if lost > may_lose * len(dataset) or lost == len(dataset):
+    if lost == len(dataset):
+        common.fail(f"none of the {lost} images is readable", code=1)
+    if lost > may_lose * len(dataset):
         common.fail(f"{lost} of {len(dataset)} images are unreadable, more than {100 * may_lose:g} %", code=1)
     features, index = features[index >= 0], index[index >= 0]
     if not features.isfinite().all():
         common.fail("not all features are finite: damaged weights, or try --amp off", code=1)
     return features, index
-
-
-def gather(own: object, process: Process) -> list:
-    """What each process has, in the order of their numbers."""
-    parts = [own] * process.world_size
-    if process.world_size > 1:
-        dist.all_gather_object(parts, own, group=process.cpu_group)
-    return parts
 
 
 # --------------------------------------------------------------------------------------------------
@@ -716,8 +720,9 @@ def vote(x: Tensor, labels: Tensor, N: int, classes: list[str], args: argparse.N
     """
     ks = choose_ks(args.nb_knn, N, "training images that are readable")
     own, truth = x[N:].tensor_split(process.world_size)[process.rank], labels[N:]
-    parts = gather(knn_predict(*(tensor.to(process.device) for tensor in (x[:N], labels[:N], own)), ks,
-                               args.temperature).cpu(), process)
+    own = knn_predict(*(tensor.to(process.device) for tensor in (x[:N], labels[:N], own)), ks,
+                      args.temperature)
+    parts = common.gather_objects(own.cpu(), process)
     predicted = torch.cat(parts)  # M x len(ks), or x C
     result = {}
     for i, k in enumerate(ks):
@@ -785,6 +790,7 @@ def main() -> None:
         left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
         print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
     backbones = prepare(args, process, train.paths)
+    check_patches(backbones)
     both = Labelled(common.Paths.of([*train.paths, *test.paths]), torch.cat([train.labels, test.labels]))
 
     lines, versions = [], common.versions()

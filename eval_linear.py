@@ -152,7 +152,7 @@ def changed_flags(args: argparse.Namespace) -> dict:
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict each other, before any work; puts in what depends on others."""
+    """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 5, args.epochs)
     common.check_bands(args, None)
     if (args.data_path is None) == (args.predict is None):
@@ -530,7 +530,6 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
     run = common.Run(args, process, samples=len(train), images=len(train), free_flags=FREE_FLAGS)
 
     # Network
-    init = f"resumed at step {run.start_step}" if run.saved else backbone.report
     model = common.to_device(backbone.model, process.device).train()
     if process.world_size > 1 and process.device.type == "cuda":
         model = timm.layers.convert_sync_batchnorm(model)
@@ -540,8 +539,9 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
     run.restore(None, model=model, optimizer=optimizer)
     if args.compile:
         model.compile()
-    network = common.distributed(model, process)
+    ddp_model = common.distributed(model, process)
 
+    init = f"resumed at step {run.start_step}" if run.start_step else backbone.report
     loader = run.loader(FinetuneImages(train, backbone, args.rand_augment, args.seed))
     base_lr = args.lr * run.effective_batch / 256
     warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
@@ -557,9 +557,9 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
             # The draws of erasing, mixing and drop path.
             torch.manual_seed(common.stream_seed(args.seed, "mix", step, micro, process.rank))
             images, targets = erase_and_mix(images, targets, C, args)
-            with common.accumulating(network, micro, args.accum_steps):
+            with common.accumulating(ddp_model, micro, args.accum_steps):
                 with run.autocast:
-                    logits = network(images)  # B x C
+                    logits = ddp_model(images)  # B x C
                 if multi_label:
                     loss = F.binary_cross_entropy_with_logits(logits.float(), targets)
                 else:
@@ -573,7 +573,7 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
 
     common.share_buffers(model, process)
     if process.is_main and run.stop_step < run.total_steps:
-        print(f"stopped before the end; the same command resumes (raise --max_steps): {run.out}")
+        print(f"no result before the last step; the same command resumes: {run.out}")
     return run.is_complete()
 
 
@@ -626,6 +626,7 @@ def predict(args: argparse.Namespace, process: Process, out: Path) -> None:
         if args.in_chans != len(info["mean"]):
             common.fail(f"--in_chans {args.in_chans}: {source} learned from {len(info['mean'])} bands")
         backbone = eval_knn.build(name, state, info, info["mean"], info["std"], dtype, args)
+        eval_knn.check_patches([backbone])
         if head["n_last_blocks"]:
             backbone.model = LastBlocks(backbone.model, head["n_last_blocks"], head["avgpool"])
         weight, bias, classes = head["weight"], head["bias"], head["classes"]
@@ -684,8 +685,7 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
             "dtype": str(backbone.dtype).removeprefix("torch."),
             "n_last_blocks": getattr(features, "n_last_blocks", 0),
             "avgpool": getattr(features, "avgpool", False)}
-    size = backbone.model.built_for  # of a ViT: that of its positions
-    common.export_backbone(backbone.model, out / "backbone", size, backbone.mean, backbone.std)
+    common.export_backbone(backbone.model, out / "backbone", backbone.mean, backbone.std)
     common.write_atomically(out / "head.pth", partial(torch.save, head))
 
 
@@ -697,6 +697,7 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     if not args.finetune and len(args.lrs) > 1:  # before any work
         held_out(train.labels[fraction_of(train, min(args.train_fraction), classes, args)], args.split_seed)
     backbones = eval_knn.prepare(args, process, train.paths, args.drop_path)
+    eval_knn.check_patches(backbones)
 
     lines, versions, task = [], common.versions(), f"linear, {args.protocol}"
     # Of the free flags these may change figures a little.
@@ -707,8 +708,9 @@ def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
     kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
     if args.finetune:  # what a checkpoint has to say of its network
         task, measure, trained, (backbone,) = "finetune", run_finetune, backbones, backbones
-        args.img_size, args.mean = backbone.img_size, backbone.mean
-        args.std, args.arch = backbone.std, backbone.arch
+        args.img_size, args.mean, args.std = backbone.img_size, backbone.mean, backbone.std
+        args.arch, args.classes = backbone.arch, classes
+        args.weights_digest = eval_knn.weights_digest(backbone.model)
     elif (out / "checkpoint.pth").is_file():
         common.fail(f"--output_dir {out}: holds a training run, whose backbone would be replaced")
     else:

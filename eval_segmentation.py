@@ -40,7 +40,6 @@ OUT/predictions.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -62,17 +61,19 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 import common
-from common import Process, not_negative, positive
-from eval_knn import append_result, load_saved, pixel_values, print_rows
+from common import Process, not_negative, number, positive, unit
+from eval_knn import add_weights_flags, append_result, build, load_saved, prepare, print_rows, weights_digest
 
 STRIDES, POOLS = (4, 8, 16, 32), (1, 2, 3, 6)  # of the maps; sides that UPerNet pools to
 IGNORE, UNKNOWN = 255, 254  # in masks of class numbers: what does not count, what no class has
 WHOLE = slice(None), slice(None)  # rows and columns of a mask
+NOT_FINITE = "not all predictions are finite: damaged weights, or try --amp off"
 BINS = 4097  # of logits from -16 to 16, for the average precision
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # of a GeoTIFF: scale, tie points, matrix, keys
 SAVED_FLAGS = "arch img_size in_chans bands mean std head head_dim finetune".split()  # with the segmenter
@@ -100,47 +101,37 @@ def get_parser() -> argparse.ArgumentParser:
     common.add_pixel_flags(add, tiles=False)
 
     add = parser.add_argument_group("model").add_argument
-    add("--weights", nargs="+", required=True, help="one or more: output folder, checkpoint, state dict, "
-        "timm name, random, pixels (the head on the colours alone); for --predict a folder of this script")
-    add("--arch", help="timm name; for a bare state dict, and for random alone")
-    add("--patch_size", type=positive(int), help="of a ViT; default: the weights' or the arch's own")
-    add("--drop_path", type=common.unit(float), default=0.0, help="in --finetune; .3 for CMID's Swin-B")
-    add("--checkpoint_key", help="network of a checkpoint to take; default: the one that its run exports")
-    add("--allow_partial", action=yes_no, default=False, help="accept weights that leave tensors unfilled")
+    add_weights_flags(add, "pixels (the head on the colours alone); with --predict a folder of this script")
+    add("--drop_path", type=unit(float), default=0.0, help="in --finetune; .3 for CMID's Swin-B")
 
     add = parser.add_argument_group("method").add_argument
     add("--head", choices=["linear", "upernet"], default="linear", help="a 1x1 convolution on each level, or "
         "UPerNet")
     add("--head_dim", type=positive(int), default=512, help="channels of upernet; we recommend 64 on a CPU")
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
-    add("--color_jitter", type=common.unit(float), default=0.0, help="strength; harms short and frozen "
+    add("--color_jitter", type=unit(float), default=0.0, help="strength; harms short and frozen "
         "runs, we recommend .4 for long fine-tuning")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=50, help="in each as many crops as fit into an image")
     add("--batch_size_per_gpu", type=positive(int), default=8, help="crops, or windows in the evaluation")
-    add("--accum_steps", type=positive(int), default=1, help="micro-batches per step, where memory is small")
+    add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step, "
+        "where memory is small")
     add("--lr", type=positive(float), help="of the head, AdamW; default: 2e-2 for linear, 1e-3 for upernet")
     add("--backbone_lr", type=positive(float), default=1e-4, help="in --finetune; we recommend 1e-3 for "
         "runs of some hundred steps")
-    add("--layer_decay", type=common.unit(float), default=1.0, help="in --finetune: the rate of a layer "
-        "relative to that of the next one; .65 for a ViT after MAE")
     add("--weight_decay", type=not_negative(float), default=0.05, help="not on biases and norms")
+    add("--layer_decay", type=number(float, lambda factor: 0 < factor <= 1, "above 0, at most 1"),
+        default=1.0, help="in --finetune: learning rate of a layer relative to the one above; .65 for a ViT "
+        "after MAE")
 
     common.add_run_flags(parser)
     return parser
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Refuses flags that contradict each other; puts in the default of --lr."""
-    default = get_parser().get_default
-    if (args.data_path is None) == (args.predict is None):
-        common.fail("--data_path or --predict: give one of the two")
-    if args.predict and len(args.weights) > 1:
-        common.fail(f"--weights {' '.join(args.weights)}: one at a time with --predict")
-    for name in [name for name, value in vars(args).items() if value != default(name)]:
-        if args.predict and name not in PREDICT_FLAGS:
-            common.fail(f"--{name}: not with --predict, it is what the weights were trained with")
+    """Refuses flags that contradict each other; fills in the default of --lr."""
+    for name in check_mode(args, get_parser()):
         if name in ("backbone_lr", "layer_decay", "drop_path") and not args.finetune:
             common.fail(f"--{name} {getattr(args, name)}: only with --finetune")
         if name == "head_dim" and args.head == "linear":
@@ -148,6 +139,27 @@ def check_args(args: argparse.Namespace) -> None:
     if args.head == "upernet" and args.batch_size_per_gpu == 1:
         common.fail("--batch_size_per_gpu 1: must be at least 2 for the BatchNorm of --head upernet")
     args.lr = args.lr or {"linear": 2e-2, "upernet": 1e-3}[args.head]
+
+
+def check_mode(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Names of the flags that are not at their defaults; refuses what --predict does not take."""
+    changed = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
+    words = " ".join(args.weights)
+    if (args.data_path is None) == (args.predict is None):
+        common.fail("--data_path or --predict: give one of the two")
+    if args.predict and len(args.weights) > 1:
+        common.fail(f"--weights {words}: one at a time with --predict")
+    if len(set(map(folder_name, args.weights))) < len(args.weights):
+        common.fail(f"--weights {words}: two of them would share a folder in --output_dir")
+    if args.predict and (other := [name for name in changed if name not in PREDICT_FLAGS]):
+        common.fail(f"--{other[0]}: not with --predict, which keeps to the values of the training")
+    common.check_bands(args, None)
+    return changed
+
+
+def folder_name(weights: str) -> str:
+    """Of one of several --weights, in --output_dir."""
+    return re.sub(r"[^\w.-]+", "_", weights).strip("_.")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -213,7 +225,7 @@ def read_classes(path: str, ignore: Sequence[int]) -> Classes:
     if len(dict(named)) < len(named):
         common.fail(f"--classes {path}: names a value twice")
     if 3 in kinds and ignore != [255]:
-        common.fail(f"--ignore: of masks in colour --classes says it, by a line `ignore R G B` in {path}")
+        common.fail(f"--ignore: not for masks in colour: put a line `ignore R G B` into {path}")
     classes = number_classes(named, () if 3 in kinds else ignore, 3 in kinds)
     if not 2 <= len(classes.names) <= UNKNOWN:
         common.fail(f"--classes {path}: names {len(classes.names)} classes, must be from 2 to {UNKNOWN}")
@@ -243,8 +255,8 @@ def read_values(path: str, in_colour: bool, part: tuple[slice, slice] = WHOLE) -
         most = 255 if in_colour else 65535
         if values.ndim != 3 or not np.isfinite(values).all() or values.min() < 0 or values.max() > most \
                 or (values % 1).any():
-            raise ValueError(f"no mask: it must hold H x W whole numbers from 0 to {most}; let what does not "
-                             "count be one of them, for --ignore")
+            raise ValueError(f"not a mask: it must hold H x W whole numbers from 0 to {most}; give ignored "
+                             "pixels one of them, for --ignore")
         if in_colour:
             return (values.astype(np.int32) * np.array([65536, 256, 1], np.int32)).sum(2, dtype=np.int32)
         if (values != values[..., :1]).any():
@@ -327,13 +339,12 @@ class Data:
     split: str
     classes: Classes
     sizes: np.ndarray  # N x 2: height and width of the training masks
-    changed: np.ndarray  # numbers of the training pairs with change
-    samples: common.Samples  # the training images, one by one
-    pixels: common.PixelStats  # what was found in them
+    changed: np.ndarray  # numbers of the training pairs that hold change
+    pixels: common.Samples  # the training images: their bands and type
 
 
-def load_data(args: argparse.Namespace) -> Data:
-    """Finds all files, reads all masks once and the sizes of all images; says what does not fit."""
+def find_files(args: argparse.Namespace) -> tuple[list[Files], str, bool]:
+    """Training and test files of --data_path, the split in words, and whether they are pairs of dates."""
     root, files = Path(args.data_path), []
     name = next((name for name in ("val", "test") if (root / name).is_dir()), "")
     if not (root / "train").is_dir() or not name:
@@ -344,32 +355,48 @@ def load_data(args: argparse.Namespace) -> Data:
     for folder in (root / "train", root / name):
         label = "OUT" if (folder / "OUT").is_dir() else "label"
         files.append(match_files(folder, ("A", "B", label) if change else ("images", "masks"), args))
+    return files, f"train/{name}", change
+
+
+def load_data(files: list[Files], split: str, change: bool, pixels: common.Samples,
+              args: argparse.Namespace) -> Data:
+    """Reads all masks once and the sizes of all images; leaves out what is unreadable, fails where it must.
+
+    That is where more than 1 % are unreadable, or where sizes or values do not fit.
+    """
+    root = Path(args.data_path)
     classes = read_classes(args.classes, args.ignore) if args.classes else CHANGE if change else None
     in_colour = classes is not None and classes.in_colour
 
-    def look(sample: tuple[str, ...]) -> tuple[tuple[int, int], list[int]]:
+    def look(sample: tuple[str, ...]) -> tuple[tuple[int, int], list[int]] | str:
         *paths, mask = sample
         if not change and mask.lower().endswith((".jpg", ".jpeg")):
-            raise common.UnreadableImageError(f"{mask}: a JPEG, which changes numbers: save it as PNG")
-        values = read_mask(mask, CHANGE).numpy() if change else read_values(mask, in_colour)
-        for path in paths:
-            size = common.image_size(path, args.in_chans, args.bands)
-            if math.prod(size) * args.in_chans > common.MOST_NUMBERS:
-                raise common.UnreadableImageError(f"{path}: {common.shape_words(size)} pixels of "
-                                                  f"{args.in_chans} bands are too many: cut it into parts")
+            common.fail(f"--data_path: {mask}: a JPEG, which changes numbers: save it as PNG")
+        try:
+            values = read_mask(mask, CHANGE).numpy() if change else read_values(mask, in_colour)
+            sizes = [common.image_size(path, args.in_chans, args.bands, whole=True) for path in paths]
+        except common.UnreadableImageError as error:
+            return str(error)
+        for path, size in zip(paths, sizes, strict=True):
             if size != values.shape:
-                raise common.UnreadableImageError(f"{path}: {common.shape_words(size)} pixels, its mask has "
-                                                  f"{common.shape_words(values.shape)}")
+                common.fail(f"--data_path: {path}: {common.shape_words(size)} pixels, its mask has "
+                            f"{common.shape_words(values.shape)}")
         found = np.zeros(2**24, bool)
         found[values] = True
         return values.shape, np.flatnonzero(found).tolist()
 
     every = [*files[0], *files[1]]
-    try:
-        with ThreadPoolExecutor(min(4, max(1, common.worker_count(args.num_workers)))) as pool:
-            looks = list(tqdm(pool.map(look, every), "masks", len(every), leave=False, disable=None))
-    except common.UnreadableImageError as error:
-        common.fail(f"--data_path: {error}")
+    with ThreadPoolExecutor(min(4, max(1, common.worker_count(args.num_workers)))) as pool:
+        looks = list(tqdm(pool.map(look, every), "masks", len(every), leave=False, disable=None))
+    if lost := [one for one in looks if isinstance(one, str)]:
+        if len(lost) > 0.01 * len(every):
+            common.fail(f"--data_path: {len(lost)} of {len(every)} images or masks are unreadable, more than "
+                        f"1 %: {lost[0]}", code=1)
+        print(f"warning: {len(lost)} unreadable, left out: {common.one_line(lost[0])}", file=sys.stderr)
+        kept = np.array([not isinstance(one, str) for one in looks])
+        files = [Files([paths[np.flatnonzero(mask)] for paths in part.kinds])
+                 for part, mask in zip(files, np.split(kept, [len(files[0])]), strict=True)]
+        every, looks = [*files[0], *files[1]], [one for one in looks if not isinstance(one, str)]
     sizes, found = zip(*looks, strict=True)
     n, values = len(files[0]), sorted(set().union(*found))
     if classes is None:
@@ -381,15 +408,11 @@ def load_data(args: argparse.Namespace) -> Data:
     elif not change and (unknown := [value for value in values if classes.lut[value] == UNKNOWN]):
         path = next(sample[-1] for sample, own in zip(every, found, strict=True) if unknown[0] in own)
         words = ", ".join(in_words(value, in_colour) for value in unknown[:12])
-        common.fail(f"--classes {args.classes}: names nothing of value {words}, found in {path}")
+        common.fail(f"--classes {args.classes}: has no class for value {words}, found in {path}")
     changed = [i for i, own in enumerate(found[:n]) if change and 1 in own]
     if change and not changed:
         common.fail(f"--data_path {root}: no training label holds a change")
-    samples = common.Samples([path for *paths, _ in files[0] for path in paths], args.in_chans, args.bands)
-    pixels = common.measure_pixels(samples)
-    samples.dtype = pixels.dtype
-    return Data(*files, f"train/{name}", classes, np.array(sizes[:n]), np.array(changed, np.int64), samples,
-                pixels)
+    return Data(*files, split, classes, np.array(sizes[:n]), np.array(changed, np.int64), pixels)
 
 
 def pad(images: Tensor, height: int, width: int) -> Tensor:
@@ -458,7 +481,7 @@ class CropDataset(torch.utils.data.Dataset):
                 low, high = (max(0, y - h + 1), max(0, x - w + 1)), (min(high[0], y), min(high[1], x))
             top, left = (int(torch.randint(a, b + 1, ())) for a, b in zip(low, high, strict=True))
             try:
-                crop = read_dates(paths, data.samples, (top, left, h, w))
+                crop = read_dates(paths, data.pixels, (top, left, h, w))
                 break
             except common.EmptyImageError:  # a part of the scene without data
                 if attempt == 99:
@@ -495,6 +518,9 @@ class Pyramid(nn.Module):
         else:
             last = {reduction: i for i, reduction in enumerate(reductions)}
             self.levels = [last.get(stride) for stride in STRIDES]
+            if None in self.levels:
+                common.fail(f"--weights {name}: timm gives no maps at strides 4, 8, 16, 32 of it, but at "
+                            + ", ".join(map(str, last)))
         side = 2 * self.multiple
         try:
             maps = self.eval()(torch.zeros(1, in_chans, side, side))
@@ -505,7 +531,7 @@ class Pyramid(nn.Module):
             common.fail(f"--weights {name}: timm gives no maps at strides 4, 8, 16, 32 of it: {error}")
         self.channels = [x.shape[1] for x in maps]
         sum(x.mean() for x in maps).backward()
-        for p in self.parameters():  # a layer behind the maps, such as a last norm, is not trained
+        for p in self.parameters():  # a layer after the maps, such as a last norm, is not trained
             p.requires_grad_(finetune and p.grad is not None)
         self.zero_grad()
 
@@ -601,19 +627,26 @@ class Segmenter(nn.Module):
         return self.head(maps, (H // 4, W // 4))
 
 
-def loss_terms(logits: Tensor, masks: Tensor) -> dict[str, Tensor]:
-    """Cross-entropy, for change (K = 1) binary and with Dice, over the pixels of the micro-batch that count.
+def loss_terms(logits: Tensor, masks: Tensor, process: Process) -> dict[str, Tensor]:
+    """Cross-entropy, for change (K = 1) binary and with Dice, over the pixels that count of all processes.
 
-    Logits B x K x H x W in float32, masks B x H x W of class numbers and IGNORE.
+    Logits B x K x H x W in float32, masks B x H x W of class numbers and IGNORE, of a micro-batch.
     """
-    counts = masks != IGNORE
+    counts, share = masks != IGNORE, 1 / process.world_size  # DDP averages the gradients of the processes
+    pixels = (share * all_processes(counts.sum().float(), process)).clamp(min=share)
     if logits.shape[1] > 1:
         cross_entropy = F.cross_entropy(logits, masks.long(), ignore_index=IGNORE, reduction="sum")
-        return {"cross_entropy": cross_entropy / counts.sum().clamp(min=1)}
+        return {"cross_entropy": cross_entropy / pixels}
     x, y = logits[:, 0][counts], masks[counts].float()  # the pixels in a row
     p = x.sigmoid()
-    cross_entropy = F.binary_cross_entropy_with_logits(x, y, reduction="sum") / max(1, len(x))
-    return {"cross_entropy": cross_entropy, "dice": 1 - (2 * (p * y).sum() + 1) / (p.sum() + y.sum() + 1)}
+    both, predicted, true = all_processes(torch.stack([(p * y).sum(), p.sum(), y.sum()]), process)
+    return {"cross_entropy": F.binary_cross_entropy_with_logits(x, y, reduction="sum") / pixels,
+            "dice": 1 - (2 * both + 1) / (predicted + true + 1)}
+
+
+def all_processes(x: Tensor, process: Process) -> Tensor:
+    """The sum over all processes, with gradient."""
+    return all_reduce(x) if process.world_size > 1 else x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -626,13 +659,14 @@ def build_optimizer(model: Segmenter, args: argparse.Namespace) -> torch.optim.O
     groups, backbone = common.param_groups(model.head), model.pyramid.backbone
     if args.finetune and backbone:
         skip = getattr(backbone, "no_weight_decay", tuple)()
-        layers = timm.optim.param_groups_layer_decay(backbone, args.weight_decay, skip,
-                                                     layer_decay=args.layer_decay)
+        layers = timm.optim.param_groups_layer_decay(
+            backbone, args.weight_decay, no_weight_decay_list=skip, layer_decay=args.layer_decay)
         groups += [layer | {"lr_scale": layer["lr_scale"] * args.backbone_lr / args.lr} for layer in layers]
     return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
 
 
-def train(args: argparse.Namespace, process: Process, data: Data, model: Segmenter, init: str) -> common.Run:
+def train(model: Segmenter, data: Data, report: str, args: argparse.Namespace,
+          process: Process) -> common.Run:
     """Trains the head, with --finetune the backbone too; returns the run, which may have been stopped."""
     # Data, networks: resumed or new. A frozen backbone stays in eval mode; it has no gradient.
     dataset = CropDataset(data, args.img_size, args.seed)
@@ -646,10 +680,11 @@ def train(args: argparse.Namespace, process: Process, data: Data, model: Segment
     model.pyramid.train(args.finetune)
     if args.compile:
         model.compile()
-    ddp = common.distributed(model, process)
+    ddp_model = common.distributed(model, process)
     warmup_steps = min(100, run.total_steps // 10)
     jitter = [args.color_jitter] * 3 + [args.color_jitter / 4]
 
+    init = f"resumed at step {run.start_step}" if run.start_step else report
     for step in run.steps(run.loader(dataset), init, lr=args.lr, warmup_steps=warmup_steps):
         lr = common.cosine_schedule(args.lr, 0.0, step, run.total_steps, warmup_steps)
         common.set_lr(optimizer, lr)
@@ -663,12 +698,12 @@ def train(args: argparse.Namespace, process: Process, data: Data, model: Segment
                 drawn = common.draw_color_jitter(jitter, torch.ones(len(x)), torch.default_generator)
                 x = common.color_jitter(x, *drawn).view_as(images)
             x = common.normalize(x, args.mean, args.std, images.dtype)
-            with common.accumulating(ddp, micro, args.accum_steps):
+            with common.accumulating(ddp_model, micro, args.accum_steps):
                 with run.autocast:
-                    outputs = ddp(x)  # B x K x h x w; of UPerNet in --finetune also the auxiliary head's
+                    outputs = ddp_model(x)  # B x K x h x w; of UPerNet in --finetune the auxiliary ones too
                 outputs = [bilinear(logits.float(), scale_factor=4)[..., : args.img_size, : args.img_size]
                            for logits in outputs]
-                parts = [loss_terms(logits, masks) for logits in outputs]
+                parts = [loss_terms(logits, masks, process) for logits in outputs]
                 loss, *auxiliary = (sum(part.values()) for part in parts)
                 loss = loss + 0.4 * sum(auxiliary)
                 scaler.scale(loss / args.accum_steps).backward()
@@ -710,6 +745,8 @@ def window_logits(model: Segmenter, image: Tensor, args: argparse.Namespace, dev
             place = (..., slice(top // 4, (top + h) // 4), slice(left // 4, (left + w) // 4))
             total[place] += own
             count[place] += 1
+    if not total.isfinite().all():
+        common.fail(NOT_FINITE, code=1, everywhere=True)
     return total / count
 
 
@@ -794,7 +831,7 @@ def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Pr
     colours = torch.zeros(256, 3)  # IGNORE: black
     colours[:n_classes] = torch.tensor(data.classes.colours) / 255
     every = max(1, len(data.test) // process.world_size // 8)  # of them in examples.png
-    results = segment(model, data.test, data.samples, data.classes, args, process)
+    results = segment(model, data.test, data.pixels, data.classes, args, process)
     for _, image, mask, predicted, score in results:
         for top in range(0, len(mask), 256):
             strips = [x if x is None else x[top : top + 256] for x in (mask, predicted, score)]
@@ -821,7 +858,7 @@ def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Pr
 def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> None:
     """Writes class numbers H x W to `path` and a suffix: a TIFF that lies where the `image` lies, or a PNG.
 
-    Of an image in a folder of bands it is the first of them in full resolution that tells where.
+    Of an image in a folder of bands the first in full resolution gives the georeference.
     """
     values, tags = np.array(classes.values), []
     numbers = values.astype(np.min_scalar_type(values.max()))[mask]
@@ -848,26 +885,28 @@ def write_mask(path: Path, mask: np.ndarray, classes: Classes, image: Path) -> N
 def predict(args: argparse.Namespace, process: Process) -> None:
     """Writes a mask of each image of the folder to OUT/predictions."""
     source, root = Path(args.weights[0]), Path(args.predict)
+    out = common.make_output_dir(args.output_dir, process) / "predictions"
     with load_saved(source, "segmenter.pth") as saved:
         vars(args).update({name: saved["args"][name] for name in SAVED_FLAGS})
         name, classes = str(source) if args.arch else "pixels", Classes(*saved["classes"])
-        pyramid, report = build_pyramid(name, *(common.read_weights(name) if args.arch else ({}, {})), args)
-        model = Segmenter(pyramid, saved["K"], args)
-        model.head.load_state_dict(saved["head"])
+        state, info = common.read_weights(name) if args.arch else ({}, {})
         dtype = torch.uint8 if saved["is_uint8"] else torch.float32
+        backbone = build(name, state, info, args.mean, args.std, dtype, args)
+        model = Segmenter(Pyramid(backbone.model, args.in_chans, args.finetune, name), saved["K"], args)
+        model.head.load_state_dict(saved["head"])
     common.to_device(model, process.device)
-    parts = ("A", "B") if model.K == 1 else (".",)
+    parts, done = ("A", "B") if model.K == 1 else (".",), 0
     files = common.from_main(process, partial(match_files, root, parts, args))
     common.check_there(process, files.kinds[0], root, "--predict")
-    out = common.make_output_dir(args.output_dir, process) / "predictions"
-    samples = common.Samples(files.kinds[0], args.in_chans, args.bands)
-    samples.dtype = dtype
     if process.is_main:
-        print(report)
-    for paths, _, _, numbers, _ in segment(model, files, samples, None, args, process):
+        print(backbone.report)
+    results = segment(model, files, backbone.images(files.kinds[0]), None, args, process)
+    for paths, _, _, numbers, _ in results:
         write_mask(out / stem(paths[0], root / parts[0]), numbers.numpy(), classes, Path(paths[0]))
+        done += 1
+    done = sum(common.gather_objects(done, process))
     if process.is_main:
-        print(f"masks of {len(files)} images: {out}")
+        print(f"masks of {done} of {len(files)} images: {out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -875,57 +914,38 @@ def predict(args: argparse.Namespace, process: Process) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-def build_pyramid(name: str, state: dict, info: dict, args: argparse.Namespace) -> tuple[Pyramid, str]:
-    """Pyramid and a report for one of --weights, from what read_weights gave; sets args.arch."""
-    if name == "pixels":
-        args.arch = None
-        return Pyramid(None, args.in_chans, args.finetune, name), "pixels: the head on the colours alone"
-    if not (args.arch or info.get("arch")):
-        common.fail(f"--weights {name}: give its --arch")
-    if args.arch and info.get("arch") not in (None, args.arch):
-        common.fail(f"--arch {args.arch}: {name} holds {info['arch']}")
-    args.arch = args.arch or info["arch"]
-    torch.manual_seed(args.seed)
-    backbone = common.build_backbone(
-        args.arch, info.get("img_size") or up_to(args.img_size, 32),
-        args.patch_size or info.get("patch_size"), args.drop_path, args.in_chans, info.get("global_pool"))
-    report = f"{name}: initial weights of seed {args.seed}"
-    if state:
-        report = common.load_backbone(backbone, state, name, args.allow_partial)
-    return Pyramid(backbone, args.in_chans, args.finetune, name), report
-
-
 def compare(args: argparse.Namespace, process: Process) -> None:
     """Trains and evaluates a head on each of --weights, and writes the results."""
     out = common.make_output_dir(args.output_dir, process)
-    sources = {name: common.read_weights(name, args.checkpoint_key) for name in args.weights
-               if name not in ("random", "pixels")}
-    borrowed = {}, next((info for _, info in sources.values()), {})  # the baselines take after the first
-    common.check_bands(args, len(borrowed[1].get("mean", common.IMAGENET_MEAN)))
-    folders = [out / folder_name(name) for name in args.weights]
-    if len(set(folders)) < len(folders):
-        common.fail(f"--weights {' '.join(args.weights)}: two of them would share a folder in --output_dir")
-    data = common.from_main(process, partial(load_data, args))
-    common.check_there(process, data.samples.paths, args.data_path)
-    prepared, lines, K = [], [], 1 if data.classes.lut is None else len(data.classes.names)  # 1: change
-    for name, folder in zip(args.weights, folders, strict=True):
-        state, info = sources.get(name, borrowed)
+    files, split, change = common.from_main(process, partial(find_files, args))
+    *images, _ = files[0].kinds
+    for paths in images:
+        common.check_there(process, paths, args.data_path)
+    images = common.Paths.of([path for paths in images for path in paths])
+    backbones = prepare(args, process, images, args.drop_path, baselines=("random", "pixels"))
+    pixels = backbones[0].images(images)
+    data = common.from_main(process, partial(load_data, files, split, change, pixels, args))
+    K, prepared, lines = 1 if change else len(data.classes.names), [], []
+    for name, backbone in zip(args.weights, backbones, strict=True):
         own = argparse.Namespace(**vars(args))
-        own.weights, own.output_dir = [name], str(folder if len(folders) > 1 else out)
-        own.mean, own.std = map(list, pixel_values(name, info, data.pixels, process))
-        pyramid, report = build_pyramid(name, state, info, own)
-        own.weights_digest = weights_digest(pyramid)
+        own.weights, own.arch = [name], backbone.arch
+        own.mean, own.std = list(backbone.mean), list(backbone.std)
+        own.output_dir = str(out / folder_name(name) if len(backbones) > 1 else out)
+        own.weights_digest = weights_digest(backbone.model) if backbone.model else None
         own.classes = [data.classes.names, data.classes.values, data.classes.ignored]  # not their file
-        prepared.append((own, pyramid, report))
+        prepared.append((own, Pyramid(backbone.model, args.in_chans, args.finetune, name), backbone.report))
+    del backbones
 
     while prepared:  # a network leaves the device with its turn
         own, pyramid, report = prepared.pop(0)
         began, model = time.perf_counter(), Segmenter(pyramid, K, own)
-        run = train(own, process, data, model, report)
-        if not run.is_complete():
+        run = train(model, data, report, own, process)
+        complete, stopped = run.is_complete(), run.stopped
+        del run  # which holds the optimizer
+        if not complete:
             if process.is_main:
-                print(f"no result before the last step: {own.output_dir}")
-            if run.stopped:
+                print(f"no result before the last step; the same command resumes: {own.output_dir}")
+            if stopped:
                 return
             continue
         if process.is_main:
@@ -943,27 +963,14 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         print("\n".join(map(json.dumps, lines)), flush=True)
 
 
-def folder_name(weights: str) -> str:
-    """Of one of several --weights, in --output_dir."""
-    return re.sub(r"[^\w.-]+", "_", weights).strip("_.")
-
-
-def weights_digest(model: nn.Module) -> str:
-    """Tells weights from others of the same name, with which a run is not resumed."""
-    digest = hashlib.blake2b(digest_size=8)
-    for x in model.state_dict().values():
-        digest.update(x.numpy().tobytes())
-    return digest.hexdigest()
-
-
 def save_segmenter(args: argparse.Namespace, data: Data, model: Segmenter) -> None:
     """Writes segmenter.pth and backbone/, which --predict takes."""
     out, backbone, classes = Path(args.output_dir), model.pyramid.backbone, data.classes
-    if backbone:  # built_for: of a ViT the size of its positions
-        common.export_backbone(backbone, out / "backbone", backbone.built_for, args.mean, args.std)
+    if backbone:
+        common.export_backbone(backbone, out / "backbone", args.mean, args.std)
     saved = {"head": model.head.state_dict(), "args": {name: getattr(args, name) for name in SAVED_FLAGS},
              "classes": [classes.names, classes.values, classes.colours, classes.ignored], "K": model.K,
-             "is_uint8": data.samples.dtype == torch.uint8}
+             "is_uint8": data.pixels.dtype == torch.uint8}
     common.write_atomically(out / "segmenter.pth", partial(torch.save, saved))
 
 

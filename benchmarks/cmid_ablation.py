@@ -3,9 +3,9 @@
     python benchmarks/cmid_ablation.py --data_path AID --output_dir OUT
 
 DATA_PATH has class folders in train/ and val/; the images in train/ are used without labels. Each variant is
-a run of cmid.py for each seed, in a folder of OUT: started again, what is finished is kept, what is not goes
-on. At the end eval_knn.py judges them; then mean and standard deviation over the seeds are printed. With the
-default 250 steps of 16 images at 96 px about 12 minutes a run on one CPU thread.
+a run of cmid.py for each seed, in a folder of OUT: started again, it keeps what is finished and resumes what
+is not. At the end eval_knn.py evaluates them; then mean and standard deviation over the seeds are printed.
+With the default 250 steps of 16 images at 96 px about 12 minutes a run on one CPU thread.
 """
 
 import argparse

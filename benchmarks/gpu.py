@@ -52,15 +52,15 @@ def precomputed(*args: object) -> Iterator:
 class PILDataset(torch.utils.data.Dataset):
     """In place of dino_mc.ViewDataset: finished float views, from torchvision's transforms on PIL images."""
 
-    def __init__(self, locations: list[list[str]], views: list[dino_mc.View], seed: int):
-        self.locations, self.transforms = locations, [pil_transform(view) for view in views]
+    def __init__(self, samples: common.Samples, views: list[dino_mc.View], seed: int, locations: None = None):
+        self.paths, self.transforms = samples.paths, [pil_transform(view) for view in views]
 
     def __len__(self) -> int:
-        return len(self.locations)
+        return len(self.paths)
 
     def __getitem__(self, key: tuple[int, int]) -> list[Tensor]:
         """Returns V tensors float 3 x size x size."""
-        image = Image.open(self.locations[key[1]][0]).convert("RGB")
+        image = Image.open(self.paths[key[1]]).convert("RGB")
         return [transform(image) for transform in self.transforms]
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.compare import METHODS
+from benchmarks.compare import flags_of
 from benchmarks.timing import median_seconds
 
 STEPS = {
@@ -33,7 +33,7 @@ STEPS = {
     "MHCL, ResNet-50, 8 images": "mhcl.py --arch resnet50 --batch_size_per_gpu 8 --moco_k 4096",
     "CMID, ResNet-50, 4 images": "cmid.py --arch resnet50 --batch_size_per_gpu 4 --moco_k 4096",
     "DSPT, ViT-B/16, 8 images": "dspt_mae.py --arch vit_base_patch16_224 --batch_size_per_gpu 8",
-} | {f"{name}, small recipe": METHODS[name] for name in ("dino_mc", "mhcl", "cmid", "mae")}
+} | {f"{name}, small recipe": flags_of(name, "short") for name in ("dino_mc", "mhcl", "cmid", "mae")}
 aten = torch.ops.aten
 BARE = {op.default for op in (aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.convolution,
                               aten.convolution_backward)}

@@ -13,10 +13,10 @@ import numpy as np
 import tifffile
 import torch
 from PIL import Image
-from timing import compare
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import common
+from benchmarks.timing import compare
 
 KINDS = {"raw": None, "LZW": "lzw", "deflate": "zlib"}
 

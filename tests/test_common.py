@@ -317,7 +317,7 @@ def test_backbone_in_channels_last_is_exported_and_stays(tmp_path):
     backbone.compile(backend="eager")
     x = torch.rand(2, 3, 32, 32, generator=generator())
     before = backbone(x)
-    common.export_backbone(backbone, tmp_path / "backbone", 32, (0, 0, 0), (1, 1, 1))
+    common.export_backbone(backbone, tmp_path / "backbone", (0, 0, 0), (1, 1, 1))
     weights = [p for p in backbone.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
     assert weights and not any(p.is_contiguous() for p in weights)
     loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
@@ -332,7 +332,7 @@ def test_exported_backbone_gives_the_same_features_through_timm(tmp_path, arch, 
     if arch.startswith("swin") and tuple(int(part) for part in timm.__version__.split(".")[:3]) < (1, 0, 31):
         pytest.skip("timm before 1.0.31 takes a Swin without classifier for one of its oldest checkpoints")
     backbone = randomize(common.build_backbone(arch, 64, patch, drop_path=0.1))
-    common.export_backbone(backbone, tmp_path / "backbone", 64, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    common.export_backbone(backbone, tmp_path / "backbone", (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
     x = torch.rand(2, 3, 64, 64, generator=generator())
     assert torch.equal(loaded(x), backbone(x))
@@ -436,7 +436,7 @@ def test_export_survives_what_a_killed_one_left(tmp_path):
     (tmp_path / "backbone.new" / ".tmp123").write_text("half")
     backbone = common.build_backbone("test_resnet", 32)
     for _ in range(2):
-        common.export_backbone(backbone, tmp_path / "backbone", 32, (0, 0, 0), (1, 1, 1))
+        common.export_backbone(backbone, tmp_path / "backbone", (0, 0, 0), (1, 1, 1))
     assert sorted(path.name for path in tmp_path.rglob("*")) == [
         "backbone",
         "config.json",

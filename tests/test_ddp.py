@@ -196,7 +196,7 @@ def test_finetuning_gives_its_result_with_two_processes(scenes, tmp_path):
     flags = tiny("eval_linear", "--arch", "resnet18", "--mixup", ".8", "--drop_path", ".1")
     base = ["--data_path", scenes, "--output_dir", tmp_path, *flags, "--batch_size_per_gpu", 2, "--epochs", 2]
     text = Start(tmp_path, "eval_linear", *base, "--max_steps", 3, processes=2).finish()
-    assert text.count("stopped before the end; the same command resumes") == 1
+    assert text.count("no result before the last step; the same command resumes") == 1
     assert not (tmp_path / "results.jsonl").exists()
     text = Start(tmp_path, "eval_linear", *base, processes=2, prepare=(show_statistics,)).finish()
     one, other = re.findall("evaluated with (.*)", text)

@@ -1,6 +1,7 @@
-"""Every command in the README and in the scripts' docstrings is one the scripts accept."""
+"""Every command in the READMEs, the scripts' docstrings and the benchmarks is one the scripts accept."""
 
 import importlib
+import inspect
 import re
 import shlex
 
@@ -8,14 +9,17 @@ import pytest
 import torch
 from conftest import ROOT, SCRIPTS
 
+import dino_mc
+from benchmarks import compare, gpu, limit
+
 
 def commands():
     """(script, words after its name) of each command that starts one of the scripts."""
     found = []
-    for name in ("README.md", *(f"{script}.py" for script in SCRIPTS)):
+    for name in ("README.md", "benchmarks/README.md", *(f"{script}.py" for script in SCRIPTS)):
         text = (ROOT / name).read_text()
         parts = (
-            re.findall(r"```bash\n(.*?)```", text, re.S) if name == "README.md" else [text.split('"""')[1]]
+            re.findall(r"```bash\n(.*?)```", text, re.S) if name.endswith(".md") else [text.split('"""')[1]]
         )
         lines = "\n".join(parts).replace("\\\n", " ")
         for variable, words in re.findall(r'^(\w+)="(.*)"$', lines, re.M):
@@ -31,7 +35,21 @@ def test_there_are_commands():
     assert len(commands()) >= 10
 
 
-@pytest.mark.parametrize("script, words", commands())
+def benchmark_commands():
+    flags = {f"{name}, {budget}": compare.flags_of(name, budget)
+             for name in compare.METHODS for budget in compare.SIDES}
+    tasks = {name: f"{flags} --weights random" for name, (_, flags, _) in compare.TASKS.items()}
+    for name, line in (flags | tasks | limit.STEPS).items():
+        script, _, words = line.partition(".py ")
+        yield pytest.param(script, f"--data_path x --output_dir x {words}", id=f"benchmarks: {name}")
+
+
+def test_the_dataset_that_a_benchmark_replaces_takes_the_same():
+    old, new = (inspect.signature(c).parameters for c in (dino_mc.ViewDataset, gpu.PILDataset))
+    assert list(old) == list(new)
+
+
+@pytest.mark.parametrize("script, words", [*commands(), *benchmark_commands()])
 def test_command_parses(script, words):
     module = importlib.import_module(script)
     args = module.get_parser().parse_args(shlex.split(words, comments=True))

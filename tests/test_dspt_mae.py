@@ -286,7 +286,7 @@ def test_resume_does_not_read_the_init_again(mae, train, tmp_path):
 @pytest.mark.parametrize("size, grid", [([64], (8, 8)), ([16, 40], (2, 5)), ([16, 64], (2, 8))])
 def test_another_image_size_gets_positions_of_the_formula(mae, tmp_path, size, grid):
     network, lines = init_from(tmp_path / "mae.pth", "--img_size", *size)
-    assert f"fixed positions of 4 x 4 computed anew for {grid[0]} x {grid[1]}" in lines[0]
+    assert f"fixed positions of 4 x 4 recomputed for {grid[0]} x {grid[1]}" in lines[0]
     torch.testing.assert_close(network.backbone.pos_embed[0], dspt_mae.sincos_positions(64, grid))
     assert "decoder: 19 of 19" in lines[1]  # its positions are no weights
     torch.testing.assert_close(network.decoder_pos_embed, dspt_mae.sincos_positions(32, grid))
@@ -311,7 +311,7 @@ def test_learned_positions_of_a_grid_that_is_not_square(tmp_path):
     torch.save(public_layout(source), tmp_path / "vit.pth")
     with pytest.raises(SystemExit):
         init_from(tmp_path / "vit.pth", "--img_size", 32)
-    common.export_backbone(source.backbone, tmp_path / "backbone", (16, 32), (0.5,) * 3, (0.5,) * 3)
+    common.export_backbone(source.backbone, tmp_path / "backbone", (0.5,) * 3, (0.5,) * 3)
     _, lines = init_from(tmp_path / "backbone", "--img_size", 32)
     assert "learned positions of 2 x 4 resampled to 4 x 4" in lines[0]
 
@@ -348,7 +348,7 @@ def test_half_precision_weights_and_other_pixels_are_taken(mae, tmp_path):
     torch.save({name: x.half() for name, x in public_layout(mae)["model"].items()}, tmp_path / "half.pth")
     _, lines = init_from(tmp_path / "half.pth")
     assert "0 missing" in lines[0] and "fixed positions of the file" in lines[0]
-    common.export_backbone(mae.backbone, tmp_path / "backbone", 32, (0.5,) * 3, (0.25,) * 3)
+    common.export_backbone(mae.backbone, tmp_path / "backbone", (0.5,) * 3, (0.25,) * 3)
     _, lines = init_from(tmp_path / "backbone")
     assert "trained with --mean 0.5 0.5 0.5 --std 0.25 0.25 0.25" in lines[0]
 

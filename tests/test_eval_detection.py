@@ -203,6 +203,136 @@ def test_nothing_is_lost_or_doubled_between_windows():
     assert torch.equal(labels[best.argmax(1)], torch.arange(len(boxes)) % 2)
 
 
+class Answers(torch.nn.Module):
+    """For each window the same logits P x K and raw P x 5 or 7 at positions P x 2 of stride 1."""
+
+    def __init__(self, logits, raw, positions):
+        super().__init__()
+        self.outputs = torch.tensor(logits), torch.tensor(raw), torch.tensor(positions)
+
+    def forward(self, windows):
+        logits, raw, positions = self.outputs
+        return (logits.expand(len(windows), -1, -1), raw.expand(len(windows), -1, -1), positions,
+                torch.ones(len(positions)))
+
+
+def detect_answers(*answers, boxes="horizontal", size=(100, 100)):
+    args = argparse.Namespace(img_size=100, batch_size_per_gpu=3, amp="off", boxes=boxes)
+    args.mean, args.std = [0.5] * 3, [0.5] * 3
+    return ed.detect(Answers(*answers), torch.zeros(3, *size, dtype=torch.uint8), args, ALONE)
+
+
+def test_score_is_probability_times_centreness_and_little_or_tiny_boxes_go():
+    side = [math.log(10.0)] * 4
+    raw = [[*side, 0.0], [*side, 2.0], [*side, -4.0], [math.log(0.2)] * 4 + [9.0], [math.inf] * 4 + [9.0]]
+    places = [[20.0, 20], [60, 20], [20, 60], [60, 60], [80, 80]]
+    boxes, scores, _ = detect_answers([[1.0], [0.0], [1.0], [9.0], [9.0]], raw, places)
+    chance = torch.tensor([1.0, 0.0]).sigmoid() * torch.tensor([0.0, 2.0]).sigmoid()
+    # .73 x .02 is not above .05; a side of .4 px is under .5; e^8 px is the longest.
+    torch.testing.assert_close(scores[1:], chance.sort(descending=True).values)
+    assert boxes[1:, :2].tolist() == [[60, 20], [20, 20]] and boxes[1:, 2:4].allclose(torch.tensor(20.0))
+    assert boxes[0, 2:4].allclose(torch.tensor(2 * math.exp(8.0)))  # where an overflow is cut
+
+
+@pytest.mark.parametrize("boxes, overlap, kept", [("oriented", 0.15, 1), ("oriented", 0.05, 2),
+                                                  ("horizontal", 0.45, 2), ("horizontal", 0.55, 1)])
+def test_overlap_that_removes_a_box(boxes, overlap, kept):
+    """Two squares of 20 px, shifted so that their IoU is `overlap`."""
+    shift = 20 * (1 - overlap) / (1 + overlap)
+    raw = [[math.log(10.0)] * 4 + [9.0] + [0.0, 1.0] * (boxes == "oriented")] * 2
+    found, _, _ = detect_answers([[2.0], [1.0]], raw, [[30.0, 30], [30 + shift, 30]], boxes=boxes)
+    assert len(found) == kept
+
+
+def test_windows_of_a_batch_keep_their_places_and_the_best_boxes_stay(monkeypatch):
+    """Four windows, three in a batch: each finds a box at its own place."""
+    raw = [[math.log(5.0)] * 4 + [9.0]]
+    boxes, _, _ = detect_answers([[3.0]], raw, [[10.0, 10]], size=(180, 180))
+    assert sorted(boxes[:, :2].tolist()) == [[10, 10], [10, 90], [90, 10], [90, 90]]
+    monkeypatch.setattr(ed, "MOST_BOXES", 3)
+    assert len(detect_answers([[3.0]], raw, [[10.0, 10]], size=(180, 180))[0]) == 3
+
+
+def test_predictions_that_are_not_finite_end_the_run(capsys):
+    with pytest.raises(SystemExit):
+        detect_answers([[math.nan]], [[1.0] * 5], [[10.0, 10]])
+    assert "not all predictions are finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("p2", [False, True])
+def test_positions_of_padded_images_that_are_not_square(p2):
+    """70 x 130 px become 96 x 160: what is on the image lies where it lay, and the rest is the mean."""
+    args = argparse.Namespace(boxes="oriented", finetune=False, in_chans=3, p2=p2, fpn_dim=64, head_convs=1,
+                              weights=["x"], seed=0)
+    detector, seen = ed.build_detector(common.build_backbone("test_resnet", 64), 2, args).eval(), []
+    detector.pyramid.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    images = torch.randn(1, 3, 70, 130)
+    logits, raw, positions, strides = detector(images)
+    assert torch.equal(seen[0][:, :, :70, :130], images) and seen[0].shape == (1, 3, 96, 160)
+    assert not seen[0][:, :, 70:].any() and not seen[0][..., 130:].any()
+    expected = [((j + 0.5) * s, (i + 0.5) * s, s) for s in [4] * p2 + [8, 16, 32, 64, 128]
+                for i in range(-(-96 // s)) for j in range(-(-160 // s))]
+    assert torch.cat([positions, strides[:, None]], 1).tolist() == [list(map(float, row)) for row in expected]
+    assert logits.shape[1] == raw.shape[1] == len(expected)
+
+
+def test_what_an_untrained_head_says():
+    """Probability .01, boxes of about two strides, no angle."""
+    args = argparse.Namespace(boxes="oriented", finetune=False, in_chans=3, p2=False, fpn_dim=64,
+                              head_convs=2, weights=["x"], seed=0)
+    detector = ed.build_detector(common.build_backbone("test_resnet", 64), 2, args).eval()
+    logits, raw, positions, strides = detector(torch.randn(1, 3, 64, 64))
+    assert logits.sigmoid().median().item() == pytest.approx(0.01, rel=0.1)
+    boxes = ed.decode(raw[0], positions, strides)
+    assert (boxes[:, 2:4] / strides[:, None]).median().item() == pytest.approx(2 * math.exp(0.7), rel=0.05)
+    assert boxes[:, 4].median().abs() < 0.03 and boxes[:, 4].abs().max() < 0.3
+
+
+def test_windows_larger_than_the_image_turns_and_places(tmp_path):
+    """The border is of the mean colour; all eight turns are drawn; one window in five lies anywhere."""
+    path = str(tmp_path / "a.png")
+    Image.fromarray(np.arange(300, dtype=np.uint8).reshape(10, 10, 3)).save(path)
+    small = ed.BoxWindows([sample_of(torch.tensor([[5.0, 5, 4, 2, 0]]), (10, 10), path)], 16, [0.2, 0.4, 0.6],
+                          True, seed=0)
+    seen = set()
+    for epoch in range(60):
+        window = small[epoch, 0][0]
+        whole = torch.tensor([51, 102, 153]).byte().view(3, 1, 1)
+        assert int((window == whole).all(0).sum()) >= 16 * 16 - 100
+        seen.add(window.numpy().tobytes())
+    assert len(seen) == 8
+    Image.new("RGB", (90, 90)).save(path)
+    large = ed.BoxWindows([sample_of(torch.tensor([[80.0, 80, 6, 6, 0]]), (90, 90), path)], 12,
+                          [0.0] * 3, True, seed=0)
+    with_box = np.mean([bool((large[i, 0][1][:, 5] >= 0).any()) for i in range(300)])
+    assert 0.72 < with_box < 0.9  # anywhere: one in 64
+
+
+def test_rates_of_head_and_backbone_and_the_schedules():
+    flags = ["--data_path", "x", "--output_dir", "x", "--weights", "random", "--lr", "0.02"]
+    args = ed.get_parser().parse_args([*flags, "--epochs", "10", "--schedule", "5", "8"])
+    ed.check_args(args)
+    assert args.backbone_lr == pytest.approx(0.006) and args.weight_decay == 0.05
+    args.boxes = "oriented"
+    args.in_chans = 3
+    detector = ed.build_detector(common.build_backbone("test_vit", 64), 2, args)
+    optimizer = ed.build_optimizer(detector, args)
+    common.set_lr(optimizer, 0.02)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    vit = detector.pyramid.backbone
+    assert groups[id(detector.head.to_box.weight)]["lr"] == 0.02
+    assert groups[id(vit.blocks[0].mlp.fc1.weight)]["lr"] == pytest.approx(0.006)
+    assert groups[id(vit.blocks[0].mlp.fc1.weight)]["weight_decay"] == 0.05
+    assert groups[id(vit.pos_embed)]["weight_decay"] == 0
+    args.optimizer = "sgd"
+    assert ed.build_optimizer(detector, args).param_groups[0]["momentum"] == 0.9
+    run = argparse.Namespace(total_steps=1000, steps_per_epoch=100)
+    rates = [ed.learning_rate(step, run, args) for step in (0, 50, 100, 499, 500, 799, 800)]
+    assert rates == pytest.approx([0, 0.01, 0.02, 0.02, 0.002, 0.002, 0.0002])
+    args.schedule = None
+    assert ed.learning_rate(550, run, args) == pytest.approx(0.01) and ed.learning_rate(1000, run, args) == 0
+
+
 # ------------------------------------------------------------------ targets and losses
 
 
@@ -502,7 +632,7 @@ def test_frozen_means_frozen(drawn, detect, tmp_path, finetune):
     """A pre-trained backbone keeps its BatchNorm statistics, frozen its weights too; untrained ones learn."""
     torch.manual_seed(5)
     source = common.build_backbone("test_resnet", 64)
-    common.export_backbone(source, tmp_path / "source", 64, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    common.export_backbone(source, tmp_path / "source", common.IMAGENET_MEAN, common.IMAGENET_STD)
     flag, names = "--finetune" if finetune else "--no-finetune", ["random", str(tmp_path / "source")]
     lines = detect(drawn, tmp_path / "out", flag, "--weights", *names)
     assert [line["weights"] for line in lines] == names
@@ -611,7 +741,7 @@ def test_a_run_is_not_resumed_with_other_weights(drawn, detect, tmp_path, capsys
     for seed in (1, 2):
         torch.manual_seed(seed)
         source = common.build_backbone("test_resnet", 64)
-        common.export_backbone(source, tmp_path / "source", 64, common.IMAGENET_MEAN, common.IMAGENET_STD)
+        common.export_backbone(source, tmp_path / "source", common.IMAGENET_MEAN, common.IMAGENET_STD)
         if seed == 1:
             detect(drawn, tmp_path / "out", "--weights", tmp_path / "source", "--max_steps", 1)
     with pytest.raises(SystemExit):
@@ -656,7 +786,7 @@ def write_labels(root, train, val, yolo=False, size=(64, 64)):
 
 def load(root):
     args = argparse.Namespace(data_path=str(root), output_dir=None, in_chans=3, bands=None, boxes="auto")
-    parts = [ed.find_part(root, "train"), ed.find_part(root, "val", "test")]
+    parts = [ed.find_part(args, "train"), ed.find_part(args, "val", "test")]
     return *ed.load_data(parts, args), args.boxes
 
 
@@ -667,10 +797,10 @@ def load(root):
         (GOOD + "10 10 30 10 30 20 10 x car 0\n", GOOD, "line 2: could not convert string to float: 'x'"),
         ("10 10 30 10 30 20 10 nan car 0\n", GOOD, "a million pixels away"),
         (GOOD, "-1e39 0 1e39 0 1e39 20 -1e39 20 car 0\n", "val/labelTxt/a.txt, line 1: a corner a million"),
-        (GOOD, GOOD.replace(" 0\n", " 1\n"), "holds no box, or difficult ones alone"),
+        (GOOD, GOOD.replace(" 0\n", " 1\n"), "has no box that is not difficult"),
         (GOOD, GOOD.replace("car", "bus"), "unknown classes, which train/ lacks (list them in classes.txt)"),
-        ("", GOOD, "holds no box"),
-        (GOOD.replace("0", "900"), GOOD, "holds no box"),
+        ("", GOOD, "has no box that is not difficult"),
+        (GOOD.replace("0", "900"), GOOD, "has no box that is not difficult"),
     ],
 )
 def test_bad_labels_are_one_line(tmp_path, detect, capsys, train, val, words):
@@ -783,7 +913,7 @@ def test_dota_labels(tmp_path, capsys):
     (image, _), _, classes, boxes = load(tmp_path)
     assert classes == ["car"] and image.difficult.tolist() == [True, False] and boxes == "horizontal"
     torch.testing.assert_close(image.boxes, torch.tensor([[20.0, 15, 20, 10, 0]] * 2))
-    assert "1 boxes outside their images, left out" in capsys.readouterr().err
+    assert "1 boxes outside their images or without area, left out" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_left_out_up_to_one_percent(tmp_path, capsys):
@@ -791,7 +921,7 @@ def test_unreadable_images_are_left_out_up_to_one_percent(tmp_path, capsys):
     (tmp_path / "train/images/c.png").write_text("no image")
     with pytest.raises(SystemExit):
         load(tmp_path)
-    assert "1 of 3 images unreadable, over 1 %" in capsys.readouterr().err
+    assert "1 of 3 images are unreadable, more than 1 %" in capsys.readouterr().err
     for i in range(98):
         os.link(tmp_path / "train/images/b.png", tmp_path / f"train/images/b{i}.png")
     assert len(load(tmp_path)[0]) == 100
@@ -802,12 +932,13 @@ def test_unreadable_images_are_left_out_up_to_one_percent(tmp_path, capsys):
     "flags, words",
     [
         ("", "--data_path or --predict"),
-        ("--data_path x --fpn_dim 32", "--fpn_dim 32: must be a multiple of 64"),
+        ("--data_path x --fpn_dim 32", "--fpn_dim 32: must be a multiple of 32, at least 64"),
+        ("--data_path x --fpn_dim 80", "--fpn_dim 80: must be a multiple of 32, at least 64"),
         ("--predict x --weights a b", "one at a time"),
         ("--predict x --img_size 64", "--img_size: not with --predict"),
         ("--data_path x --schedule 12", "less than --epochs 12"),
-        ("--data_path x --weights a a", "must be different"),
-        ("--data_path x --weights image_stats", "no image_stats"),
+        ("--data_path x --weights a a", "two of them would share a folder"),
+        ("--data_path x --no-finetune --backbone_lr 1", "--backbone_lr 1.0: not with --no-finetune"),
     ],
 )
 def test_flags_that_contradict_each_other(capsys, flags, words):

@@ -536,7 +536,7 @@ def test_channels_follow_the_weights_and_so_do_mean_and_std(run, tmp_path, monke
     for kind, own, words in (("8", (0.4, 0.2), ""), ("8", (90.0, 2.0), "std of OUT are far"),
                              ("16", (9000.0, 6000.0), ""), ("16", (0.4, 0.2), ", which are taken")):
         mean, std = ((x,) * 4 for x in own)
-        common.export_backbone(model, tmp_path / "w" / "backbone", 32, mean, std)
+        common.export_backbone(model, tmp_path / "w" / "backbone", mean, std)
         flags = ["--data_path", tmp_path / kind, "--output_dir", tmp_path, "--num_workers", 0, "--nb_knn", 1]
         run("eval_knn", *flags, "--weights", tmp_path / "w", "random")
         error = capsys.readouterr().err.replace(str(tmp_path / "w"), "OUT")

@@ -345,7 +345,7 @@ def test_finetuning_resumes_bit_for_bit(run, scenes, tmp_path, capsys, flags):
             run("eval_linear", *flags_of(scenes, tmp_path / name, *FINETUNE, *flags, *extra))
             printed = capsys.readouterr().out
             assert (tmp_path / name / "results.jsonl").exists() == (stop is None)
-            assert ("stopped before the end; the same command resumes" in printed) == (stop is not None)
+            assert ("no result before the last step; the same command" in printed) == (stop is not None)
             words = "".join(line for line in printed.splitlines() if line[:1] != "{")  # without the result
             assert ("initial weights of seed 0" in words) == (stop != 5 and (name, stop) != ("b", None))
     a, b = (torch.load(tmp_path / name / "checkpoint.pth", weights_only=True) for name in "ab")

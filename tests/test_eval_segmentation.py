@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 import common
 import eval_segmentation as es
+from common import Process
 from demo.scenes import write_pixels
 
 TINY = "--arch test_resnet --img_size 32 --batch_size_per_gpu 4 --epochs 2 --num_workers 0".split()
 TINY += ["--device", "cpu", "--amp", "off"]
 CPU = torch.device("cpu")
+ALONE = Process(0, 1, CPU, None)
 
 
 def rng(seed=0):
@@ -36,9 +38,12 @@ def make_args(*flags):
 
 
 def load(path, *flags):
-    data = es.load_data(make_args("--data_path", path, *flags))
-    data.samples.dtype = common.measure_pixels(data.samples, 32).dtype
-    return data
+    args = make_args("--data_path", path, *flags)
+    files, split, change = es.find_files(args)
+    *images, _ = files[0].kinds
+    pixels = common.Samples([path for paths in images for path in paths], args.in_chans, args.bands)
+    pixels.dtype = common.measure_pixels(pixels, 32).dtype
+    return es.load_data(files, split, change, pixels, args)
 
 
 def segmenter(arch, *flags, K=3, side=64, **build):
@@ -233,6 +238,23 @@ def test_an_image_counts_as_often_as_crops_fit_and_crops_depend_on_the_key_alone
     assert first[0].shape == (1, 3, 32, 32) and set(first[1].unique().tolist()) <= {0, 1, es.IGNORE}
 
 
+def test_crops_are_of_all_scales_and_turns(tmp_path):
+    """A gradient from left to right: its slope tells the scale, from .5 to 2, its direction the turn."""
+    for part in ("train", "val"):
+        for i in range(2):
+            ramp = np.broadcast_to(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (120, 120, 3))
+            save(tmp_path / part / "images" / f"{i}.png", np.ascontiguousarray(ramp))
+            save(tmp_path / part / "masks" / f"{i}.png", np.uint8(np.arange(120) % 2)[None].repeat(120, 0))
+    dataset, slopes, turns = es.CropDataset(load(tmp_path), 24, 0), [], set()
+    for i in range(150):
+        crop = dataset[i // 50, i % 50][0][0, 0].float()
+        across, down = crop[:, -4].mean() - crop[:, 3].mean(), crop[-4].mean() - crop[3].mean()
+        slopes.append(float(max(across.abs(), down.abs())) / 17 / 2)
+        turns.add((bool(across.abs() > down.abs()), bool(across + down > 0)))
+    assert len(turns) == 4
+    assert 0.49 < min(slopes) < 0.56 and 1.7 < max(slopes) < 2.1  # 1 / scale
+
+
 def test_half_the_crops_contain_change(dates):
     dataset = es.CropDataset(load(dates), 32, 0)
     assert list(dataset.data.changed) == [0]
@@ -393,15 +415,39 @@ def test_cross_entropy_of_the_pixels_that_count():
     masks[0, :2] = es.IGNORE
     total = [-float(logits[b, :, i, j].log_softmax(0)[int(masks[b, i, j])])
              for b in range(2) for i in range(4) for j in range(5) if masks[b, i, j] != es.IGNORE]
-    assert float(es.loss_terms(logits, masks)["cross_entropy"]) == pytest.approx(np.mean(total), abs=1e-5)
-    assert float(es.loss_terms(logits, torch.full_like(masks, es.IGNORE))["cross_entropy"]) == 0
+    terms = es.loss_terms(logits, masks, ALONE)
+    assert float(terms["cross_entropy"]) == pytest.approx(np.mean(total), abs=1e-5)
+    assert float(es.loss_terms(logits, torch.full_like(masks, es.IGNORE), ALONE)["cross_entropy"]) == 0
+
+
+def test_the_auxiliary_head_counts_two_fifths_and_micro_batches_their_share(land, tmp_path, monkeypatch):
+    """The gradient of one step is that of the losses of its two micro-batches, written out."""
+    head = ["--head", "upernet", "--head_dim", 8, "--finetune", "--img_size", 32]
+    flags = ["--data_path", land, "--output_dir", tmp_path / "out", *head, "--epochs", 20, "--max_steps", 1]
+    args = make_args(*flags, "--batch_size_per_gpu", 2, "--accum_steps", 2)
+    model, twin = (segmenter("test_convnext", *head, K=2) for _ in range(2))
+    batches, grads, fetch = [], [], common.Run.fetch
+    monkeypatch.setattr(common.Run, "fetch", lambda run: batches.append(fetch(run)) or batches[-1])
+    monkeypatch.setattr(common, "optimizer_step", lambda *_: grads.extend(
+        p.grad.clone() for p in model.head.parameters()))
+    es.train(model, load(land), "", args, ALONE)
+    for micro, (images, masks) in enumerate(batches):
+        torch.manual_seed(common.stream_seed(args.seed, "draws", 0, micro, 0))  # of dropout
+        x = common.normalize(common.to_float(images, args.mean, args.std), args.mean, args.std, images.dtype)
+        loss, auxiliary = (
+            F.cross_entropy(F.interpolate(y, scale_factor=4, mode="bilinear"), masks.long(),
+                            ignore_index=es.IGNORE) for y in twin.train()(x))
+        ((loss + 0.4 * auxiliary) / 2).backward()
+    assert len(batches) == 2
+    for grad, p in zip(grads, twin.head.parameters(), strict=True):
+        torch.testing.assert_close(grad, p.grad, atol=1e-5, rtol=1e-3)
 
 
 def test_change_loss_is_binary_cross_entropy_and_dice_of_the_batch():
     logits, masks = torch.randn(2, 1, 4, 5), torch.from_numpy(rng().integers(0, 2, (2, 4, 5))).byte()
     masks[1, 3] = es.IGNORE
     p, y = [x[masks != es.IGNORE].double().numpy() for x in (logits[:, 0].sigmoid(), masks)]
-    terms = es.loss_terms(logits, masks)
+    terms = es.loss_terms(logits, masks, ALONE)
     entropy = -np.mean(y * np.log(p) + (1 - y) * np.log(1 - p))
     assert float(terms["cross_entropy"]) == pytest.approx(entropy, abs=1e-5)
     assert float(terms["dice"]) == pytest.approx(1 - (2 * sum(p * y) + 1) / (sum(p) + sum(y) + 1), abs=1e-5)
@@ -466,6 +512,34 @@ def test_a_resumed_run_repeats_the_unbroken_one(segment, land, dates, tmp_path, 
     for line in (*whole, *parts):
         del line["seconds"], line["versions"]
     assert whole == parts
+
+
+def joint_loss(path, K):
+    """In each process: the gradient of the loss of its part of a batch, averaged as DDP does."""
+    process = common.init_process("cpu")
+    generator = torch.Generator().manual_seed(1)
+    logits, masks = torch.randn(4, K, 6, 6, generator=generator), torch.ones(4, 6, 6).byte()
+    masks[:, :, ::2], masks[0], masks[1, :4] = 0, es.IGNORE, es.IGNORE  # the first parts have less to count
+    logits, masks = (x.chunk(process.world_size)[process.rank].clone() for x in (logits, masks))
+    terms = es.loss_terms(logits.requires_grad_(), masks, process)
+    sum(terms.values()).backward()
+    values = torch.stack([*terms.values()]).detach()
+    parts = common.gather_objects((logits.grad / process.world_size, values), process)
+    if process.is_main:
+        grads, values = zip(*parts, strict=True)
+        torch.save((torch.cat(grads), torch.stack(values).mean(0)), path)
+    process.leave()
+    raise SystemExit
+
+
+@pytest.mark.parametrize("K", [1, 2])
+def test_loss_of_two_processes_is_that_of_the_joint_batch(tmp_path, K):
+    results = []
+    for processes in (1, 2):
+        path = tmp_path / f"{processes}.pth"
+        Start(tmp_path / path.stem, "toy", processes=processes, prepare=(joint_loss, path, K)).finish()
+        results.append(torch.load(path))
+    torch.testing.assert_close(*results)
 
 
 def test_two_processes_share_crops_and_test_images(land, segment, tmp_path):
@@ -578,13 +652,13 @@ def break_data(kind, land):
 @pytest.mark.parametrize("kind, flags, message", [
     ("missing", [], "masks: lacks 1 files that are in images: 2"),
     ("other size", [], "2.png: 40 x 50 pixels, its mask has 40 x 56"),
-    ("value", ["--classes", "LAND/classes"], "classes: names nothing of value 9, found in"),
+    ("value", ["--classes", "LAND/classes"], "classes: has no class for value 9, found in"),
     ("0 and 255", [], "masks hold 0, 255; --ignore leaves 1; must be from 2 to 254: name them with"),
     ("damaged", [], "masks/2.png: cannot identify image file"),
     ("", ["--classes", "LAND/colours"], "must be lines of `name value`, or all of `name R G B`: b 1"),
     ("", ["--classes", "LAND/one"], "names 1 classes, must be from 2 to 254"),
     ("", ["--classes", "LAND/twice"], "twice: names a value twice"),
-    ("", ["--classes", "LAND/rgb", "--ignore", "0"], "of masks in colour --classes says it"),
+    ("", ["--classes", "LAND/rgb", "--ignore", "0"], "--ignore: not for masks in colour: put a line"),
     ("nan", [], "must hold H x W whole numbers from 0 to 65535"),
     ("65536", [], "must hold H x W whole numbers from 0 to 65535"),
     ("", ["--color_jitter", "1.5"], "1.5"),
@@ -596,8 +670,8 @@ def break_data(kind, land):
     ("", ["--in_chans", "4"], "not 4: give --in_chans 3, or choose with --bands"),
     ("", ["--predict", "x"], "--data_path or --predict: give one of the two"),
     ("", ["--arch", "efficientvit_m0"], "--weights random: timm gives no maps at strides 4, 8, 16, 32"),
-    ("", ["--weights", "a/b", "a_b"], "--weights a/b: no such file"),
-    ("", ["--weights", "random", "random"], "two of them would share a folder"),
+    ("", ["--weights", "a/b"], "--weights a/b: no such file"),
+    ("", ["--weights", "a/b", "a_b"], "--weights a/b a_b: two of them would share a folder"),
     ("", ["--batch_size_per_gpu", "13"], "the effective batch, 13, is larger than the data, 12"),
 ])
 def test_bad_input_is_one_line(segment, land, tmp_path, capsys, kind, flags, message):
@@ -605,7 +679,8 @@ def test_bad_input_is_one_line(segment, land, tmp_path, capsys, kind, flags, mes
     with pytest.raises(SystemExit) as stop:
         segment(break_data(kind, land), tmp_path / "out", *flags)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and len(error.splitlines()) == 1 and message in error, error
+    assert stop.value.code == (1 if kind in ("damaged", "nan", "65536") else 2), error
+    assert len(error.splitlines()) == 1 and message in error, error
 
 
 def test_a_run_knows_its_classes_by_what_their_file_says(segment, land, tmp_path, capsys):
@@ -622,7 +697,7 @@ def test_a_run_knows_its_classes_by_what_their_file_says(segment, land, tmp_path
     assert (tmp_path / "out" / "segmenter.pth").exists() and (tmp_path / "out" / "backbone").exists()
     good.write_bytes(kept)
     [line] = run(tmp_path / "moved")
-    assert line["loading"].startswith("random") and not line["allow_partial"]
+    assert line["loading"].startswith("test_resnet: random") and not line["allow_partial"]
     with pytest.raises(SystemExit):
         run(tmp_path / "other")
     assert "other settings: classes was [['a', 'b']" in capsys.readouterr().err
@@ -654,7 +729,7 @@ def test_drawn_scenes_have_classes_and_changes(tmp_path):
     assert len(land.train) == len(pairs.train) == 40 and len(pairs.changed) > 20
     shares = sum(np.bincount(np.array(Image.open(mask)).ravel(), minlength=5) for _, mask in land.train)
     assert len(shares) == 5 and (shares > 0.02 * shares.sum()).all()
-    before, after = es.read_dates(pairs.train[3][:2], pairs.samples).float()  # houses on streets
+    before, after = es.read_dates(pairs.train[3][:2], pairs.pixels).float()  # houses on streets
     assert (before - after).abs().mean() > 5
 
 

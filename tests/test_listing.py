@@ -200,10 +200,10 @@ OF_FILE = b"0" + bytes(100) + b"ustar"
 
 @pytest.mark.parametrize("make, words", [
     (gzip.compress, "compressed archive: unpack it to a plain one (gzip -dc"),
-    (lambda data: data + data, "joined by cat: join them by tar -A"),
+    (lambda data: data + data, "joined by cat do: join them by tar -A"),
     (lambda data: data.replace(OF_FILE, b"S" + OF_FILE[1:]), "sparse"),
     (lambda data: data.replace(OF_FILE, b"x" + OF_FILE[1:]), "damaged at byte 0"),
-    (lambda data: data[:124] + b"77777777777\0" + data[136:], "truncated or damaged: a.png is not all there"),
+    (lambda data: data[:124] + b"77777777777\0" + data[136:], "truncated or damaged: a.png is incomplete"),
     (lambda data: data[:124] + b"\x80" + b"\xff" * 11 + data[136:], "truncated or damaged: a.png"),
     (lambda data: data[:124] + b"-0000000001\0" + data[136:], "damaged at byte 0")])
 def test_archives_that_are_refused(tmp_path, capsys, make, words):
@@ -431,13 +431,13 @@ def test_what_changes_between_listing_and_training_ends_the_start(tmp_path, scen
 def test_files_that_wait_for_ever_and_headers_that_promise_too_much(tmp_path, capsys):
     """A pipe is no archive and no image; a .npy is as large as its member, whatever its header says."""
     os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(common.UnreadableImageError, match="no plain file"):
+    with pytest.raises(common.UnreadableImageError, match="not a regular file"):
         common.read_image(tmp_path / "pipe.png")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "x.tar").symlink_to(tmp_path / "pipe.png")
     with pytest.raises(SystemExit):
         common.list_images(tmp_path / "data", archives=tmp_path / "archives.npz")
-    assert "x.tar: no plain file" in capsys.readouterr().err
+    assert "x.tar: not a regular file" in capsys.readouterr().err
     (tmp_path / "data" / "x.tar").unlink()
     array, text = np.arange(5 * 7 * 3, dtype="f4").reshape(5, 7, 3), io.BytesIO()
     np.save(tmp_path / "good.npy", np.asfortranarray(array))

@@ -385,7 +385,7 @@ def test_swin_with_the_small_windows_of_earlier_runs(tmp_path):
         assert all(p is q for p, q in zip(held, network.parameters(), strict=True))
         with torch.no_grad():
             assert torch.equal(network.backbone(images(64)), old(images(64)))
-    common.export_backbone(network.backbone, tmp_path / "backbone", 64, (0, 0, 0), (1, 1, 1))
+    common.export_backbone(network.backbone, tmp_path / "backbone", (0, 0, 0), (1, 1, 1))
     loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
     with torch.no_grad():
         assert torch.equal(loaded(images(64)), old(images(64)))
@@ -419,7 +419,7 @@ def test_fine_tuned_mae_gives_the_norm_of_the_mean(tmp_path, capsys):
         with torch.no_grad():
             torch.testing.assert_close(backbone(images(32)), expected, atol=1e-5, rtol=1e-5)
         assert eval_linear.with_features(prepared, path, None, False) is prepared
-        common.export_backbone(backbone, tmp_path / "backbone", 32, (0, 0, 0), (1, 1, 1))
+        common.export_backbone(backbone, tmp_path / "backbone", (0, 0, 0), (1, 1, 1))
         path = str(tmp_path)
     loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
     with torch.no_grad():
@@ -432,7 +432,7 @@ def test_fine_tuned_mae_gives_the_norm_of_the_mean(tmp_path, capsys):
 def test_exported_config_has_no_more_arguments_than_the_network_needs(tmp_path, arch, kwargs):
     """transformers gives timm num_classes itself, and fails where the config has it too."""
     backbone = common.build_backbone(arch, 64, **kwargs)
-    common.export_backbone(backbone, tmp_path / "backbone", 64, (0, 0, 0), (1, 1, 1))
+    common.export_backbone(backbone, tmp_path / "backbone", (0, 0, 0), (1, 1, 1))
     config = json.loads((tmp_path / "backbone" / "config.json").read_text())
     assert config["model_args"] == backbone.model_args and "num_classes" not in config["model_args"]
     assert kwargs.items() <= config["model_args"].items()
