@@ -1,6 +1,7 @@
 """Boxes against shapely, targets and losses against slow loops, and small detectors trained to the end."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -750,6 +751,15 @@ def test_a_run_is_not_resumed_with_other_weights(drawn, detect, tmp_path, capsys
     assert "other settings: weights_digest was" in capsys.readouterr().err
 
 
+def test_a_run_is_not_resumed_with_other_classes(drawn, detect, tmp_path, capsys):
+    shutil.copytree(drawn, tmp_path / "data")
+    for names in ("long\nwide\n", "wide\nlong\n"):
+        (tmp_path / "data" / "classes.txt").write_text(names)
+        with pytest.raises(SystemExit) if names[0] == "w" else contextlib.nullcontext():
+            detect(tmp_path / "data", tmp_path / "out", "--max_steps", 1)
+    assert "other settings: classes was ['long', 'wide'], is ['wide', 'long']" in capsys.readouterr().err
+
+
 def test_two_processes_equal_one_on_the_joint_batch(drawn, tmp_path):
     """A ViT, which has no BatchNorm; weights and figures."""
     states = []
@@ -910,11 +920,11 @@ def test_the_demo_draws_objects_where_its_labels_say(tmp_path):
 def test_dota_labels(tmp_path, capsys):
     """Header lines, corners in any order, difficult boxes; what lies outside is said and left out."""
     text = "imagesource:GoogleEarth\ngsd:0.146\n30 10 10 20 10 10 30 20 car 1\n" + GOOD
-    write_labels(tmp_path, text + "70 10 90 10 90 20 70 20 car 0\n", text)
+    write_labels(tmp_path, text + "70 10 90 10 90 20 70 20 car 0\n10 10 20 20 30 30 40 40 car 0\n", text)
     (image, _), _, classes, boxes = load(tmp_path)
     assert classes == ["car"] and image.difficult.tolist() == [True, False] and boxes == "horizontal"
     torch.testing.assert_close(image.boxes, torch.tensor([[20.0, 15, 20, 10, 0]] * 2))
-    assert "1 boxes outside their images or without area, left out" in capsys.readouterr().err
+    assert "2 boxes outside their images or without area, left out" in capsys.readouterr().err
 
 
 def test_unreadable_images_are_left_out_up_to_one_percent(tmp_path, capsys):

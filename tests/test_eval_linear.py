@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import json
 import math
@@ -356,6 +357,18 @@ def test_finetuning_resumes_bit_for_bit(run, scenes, tmp_path, capsys, flags):
     assert_same(*heads)
     name = "fc" if "adan" in flags else "head"
     assert torch.equal(heads[0]["weight"], a["model"][f"{name}.weight"])
+
+
+def test_a_finetuning_is_not_resumed_with_other_weights(run, scenes, tmp_path, capsys):
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        backbone = common.build_backbone("test_resnet", 32)
+        common.export_backbone(backbone, tmp_path / "source", (0.5,) * 3, (0.2,) * 3)
+        more = ["--weights", tmp_path / "source", "--max_steps", 1]
+        flags = flags_of(scenes, tmp_path / "out", *FINETUNE, *more)
+        with pytest.raises(SystemExit) if seed == 2 else contextlib.nullcontext():
+            run("eval_linear", *flags)
+    assert "other settings: weights_digest was" in capsys.readouterr().err
 
 
 def test_finetuned_backbone_and_head_predict_as_the_model_did(run, scenes, tmp_path, capsys):

@@ -190,6 +190,28 @@ def test_strips_equal_the_whole_map(K):
 # ------------------------------------------------------------------ crops
 
 
+def test_strips_of_tall_images_all_count(segment, land):
+    """Images of more than 256 rows are counted strip by strip."""
+    for path in land.glob("*/*/*.png"):
+        array = np.array(Image.open(path))
+        path.unlink()
+        save(path, np.concatenate([array] * 7))  # 280 rows
+    counted, count = [], es.count_pixels
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(es, "count_pixels", lambda truth, *more: (counted.append(truth.numel()),
+                                                                count(truth, *more)))
+        segment(land, land.parent / "new", "--epochs", 1)
+    assert sum(counted) == 3 * 280 * 56
+
+
+def test_predictions_that_are_not_finite_end_the_run(capsys):
+    model = segmenter("test_resnet").eval()
+    model.head.levels[0][1].bias.data[0] = torch.nan
+    with pytest.raises(SystemExit):
+        es.window_logits(model, torch.zeros(1, 3, 64, 64).byte(), make_args("--img_size", 64), CPU)
+    assert "not all predictions are finite" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sides", [(5, 9), (9, 9), (5, 30), (40, 5), (4, 9)])
 def test_padding_reflects_or_repeats(sides):
     image = rng().integers(0, 256, (3, *sides)).astype(np.uint8)

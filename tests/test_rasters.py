@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import warnings
+from functools import partial
 from pathlib import Path
 
 import imagecodecs
@@ -831,3 +832,15 @@ def test_every_method_trains_on_any_pixels_and_resumes(run, tmp_path, capsys, sc
     assert model(torch.zeros(1, C, 32, 32)).isfinite().all()
     views = np.asarray(Image.open(tmp_path / "a" / "views.png"))
     assert len(np.unique(views)) > 20 and (views.std((0, 1)) > 10).all()
+
+
+@pytest.mark.parametrize("bands", [None, [1]])
+def test_what_is_too_large_to_read_at_once_is_known_from_its_header(tmp_path, monkeypatch, bands):
+    """By all bands of the file, which are decoded together; windows of it can be read."""
+    write(tmp_path / "a.tif", numbers(20, 30, 4))
+    monkeypatch.setattr(common, "MOST_NUMBERS", 20 * 30 * 4 - 1)
+    assert common.image_size(tmp_path / "a.tif", 4, bands) == (20, 30)
+    common.read_image(tmp_path / "a.tif", 4, bands, (0, 0, 19, 30))
+    for call in (partial(common.image_size, whole=True), common.read_image):
+        with pytest.raises(common.UnreadableImageError, match="20 x 30 pixels of 4 bands are too"):
+            call(tmp_path / "a.tif", 4, bands)
