@@ -631,10 +631,11 @@ def train(args: argparse.Namespace, process: Process) -> None:
         part.load_state_dict(online.get_submodule(name).state_dict())
     for encoder in (online, branch):
         common.to_device(encoder, process.device)
-        if args.compile:
-            encoder.compile()
     optimizer, scaler = common.build_optimizer(online, args), run.scaler
     run.restore(online.backbone, online=online, branch=branch, memory=memory, optimizer=optimizer)
+    if args.compile:
+        online.compile()
+        branch.compile()
     ddp_online = common.distributed(online, process)
 
     loader = run.loader(PairDataset(samples, args.img_size, args.seed))

@@ -352,14 +352,18 @@ def autocast_dtype(amp: str, device: torch.device) -> torch.dtype | None:
 
 
 def autocast(amp: str, device: torch.device) -> torch.autocast:
-    """The context of `--amp` on `device`, which may be entered repeatedly.
-
-    Also chooses timm's form of attention for models built from now on: on CPUs in bf16 matrix products and
-    softmax one by one, there 1.4 to 1.6 times as fast as PyTorch's fused attention, forward and backward.
-    """
+    """The context of `--amp` on `device`, which may be entered repeatedly."""
     dtype = autocast_dtype(amp, device)
-    timm.layers.set_fused_attn(not (device.type == "cpu" and dtype == torch.bfloat16))
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def choose_attention(amp: str, device: torch.device) -> None:
+    """Chooses timm's form of attention for models built from now on, by `--amp`.
+
+    On CPUs in bf16 matrix products and softmax one by one are 1.4 to 1.6 times as fast as PyTorch's fused
+    attention, forward and backward.
+    """
+    timm.layers.set_fused_attn(not (device.type == "cpu" and autocast_dtype(amp, device) == torch.bfloat16))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -474,9 +478,8 @@ class Paths(Sequence):
         return ranks[self.rows["folder"]]
 
 
-def list_images(root: str | Path, exclude: str | Path | None = None, suffixes: set[str] = IMAGE_SUFFIXES,
-                flag: str = "--data_path", bands: Sequence[int | str] | None = None,
-                archives: Path | None = None) -> Paths:
+def list_images(root: str | Path, exclude: str | Path | None = None, flag: str = "--data_path",
+                bands: Sequence[int | str] | None = None, archives: Path | None = None) -> Paths:
     """Paths of all images below `root`, links followed; sorted. With names of bands, the folders of bands.
 
     What is not data is left out: hidden files and folders, `@eaDir`, the folder `exclude`, and folders that
@@ -501,7 +504,7 @@ def list_images(root: str | Path, exclude: str | Path | None = None, suffixes: s
             if archives:
                 compressed.extend(folder + name for name in names if name.lower().endswith(COMPRESSED))
             yield folder, [name for name in names
-                           if os.path.splitext(name)[1].lower() in suffixes and name[0] != "."]
+                           if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != "."]
 
     if is_named(bands):
         found = {os.path.dirname(folder) for folder, names in parts()
@@ -515,7 +518,7 @@ def list_images(root: str | Path, exclude: str | Path | None = None, suffixes: s
     if not paths:
         wanted = f"file of the bands {' '.join(bands)}" if is_named(bands) else "image"
         seen = {os.path.splitext(name)[1].lower() for _, *names in os.walk(root) for name in sum(names, [])}
-        fail("; ".join([f"{flag} {root}: no {wanted} in it ({', '.join(sorted(suffixes))})", *words,
+        fail("; ".join([f"{flag} {root}: no {wanted} in it ({', '.join(sorted(IMAGE_SUFFIXES))})", *words,
                         *sorted({UNREAD_KINDS[suffix] for suffix in seen & UNREAD_KINDS.keys()})]))
     for line in words:
         print("warning:", one_line(line), file=sys.stderr, flush=True)
@@ -804,7 +807,7 @@ def run_files(names: Sequence[str]) -> str:
     return " and ".join(sorted(own))
 
 
-def is_data(folder: Path, exclude: Path | None = None) -> bool:
+def is_data(folder: Path, exclude: Path | None) -> bool:
     """True for a folder that list_images would look into."""
     hidden = folder.name[0] == "." or folder.name == "@eaDir"
     other = not exclude or os.path.realpath(folder) != os.path.realpath(exclude)
@@ -1548,8 +1551,8 @@ class StepSampler(torch.utils.data.Sampler):
         for step in range(self.start_step, self.end_step):
             epoch, step_in_epoch = divmod(step, steps_per_epoch)
             if shuffled != epoch:
-                generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
-                order, shuffled = torch.randperm(self.length, generator=generator), epoch
+                order = torch.randperm(self.length, generator=generator(self.seed, "order", epoch))
+                shuffled = epoch
             for micro in range(self.accum_steps):
                 first = ((step_in_epoch * self.accum_steps + micro) * world_size + rank) * self.batch_size
                 yield [(epoch, index) for index in order[first : first + self.batch_size].tolist()]
@@ -1716,8 +1719,7 @@ def solarize(images: Tensor, where: Tensor) -> Tensor:
     return apply_where(where, lambda chosen: torch.where(chosen >= 128 / 255, 1 - chosen, chosen), images)
 
 
-def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float],
-              dtype: torch.dtype = torch.uint8) -> Tensor:
+def normalize(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """What to_float made of pixels of `dtype`, to zero mean and unit deviation per band.
 
     8-bit pixels: (images - mean) / std. Others are there already but for their range: 6 (images - .5).
@@ -2465,13 +2467,12 @@ def param_groups(model: nn.Module) -> list[dict]:
             {"params": [p for name, p in trained if name in no_decay], "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, args: argparse.Namespace, **more: object) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimizer of --optimizer, --lr and --weight_decay, of timm, on the groups of `param_groups`."""
-    if args.optimizer == "adamw":
-        more["fused"] = True  # one kernel for all tensors
+    fused = {"fused": True} if args.optimizer == "adamw" else {}  # one kernel for all tensors
     name = "momentum" if args.optimizer == "sgd" else args.optimizer  # timm's "sgd" would be Nesterov's
     return timm.optim.create_optimizer_v2(param_groups(model), opt=name, lr=args.lr, momentum=0.9,
-                                          weight_decay=args.weight_decay, **more)
+                                          weight_decay=args.weight_decay, **fused)
 
 
 def _in_layout_of_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -2729,6 +2730,7 @@ class Run:
             fail(f"--compile: on a CPU torch needs a C++ compiler, and there is no {compiler}: install one, "
                  "name it by CXX=, or leave the flag out")
         self.autocast = autocast(args.amp, process.device)
+        choose_attention(args.amp, process.device)
         self.scaler = torch.amp.GradScaler(process.device.type, enabled=args.amp == "fp16")
         self.effective_batch = args.batch_size_per_gpu * args.accum_steps * process.world_size
         self.steps_per_epoch = samples // self.effective_batch

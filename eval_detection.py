@@ -451,7 +451,7 @@ class BoxWindows(torch.utils.data.Dataset):
 
 
 # --------------------------------------------------------------------------------------------------
-# Model
+# Model. The four maps: Pyramid and rescale of eval_segmentation.py
 # --------------------------------------------------------------------------------------------------
 
 
@@ -640,6 +640,74 @@ def detection_loss(outputs: tuple[Tensor, Tensor, Tensor, Tensor], targets: Tens
 
 
 # --------------------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------------------
+
+
+def build_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW, or SGD with momentum .9; the backbone at its own rate."""
+    groups, backbone = common.param_groups(detector.head), detector.pyramid.backbone
+    skip = getattr(backbone, "no_weight_decay", tuple)()  # such as the positions of a ViT
+    if args.finetune:
+        own = timm.optim.param_groups_weight_decay(backbone, args.weight_decay, no_weight_decay_list=skip)
+        groups += [group | {"lr_scale": args.backbone_lr / args.lr} for group in own]
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
+    return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
+
+
+def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float:
+    """Cosine to 0, or a tenth after each epoch of --schedule; a warm-up of a tenth, 500 steps at most."""
+    warmup_steps = min(500, run.total_steps // 10)
+    if args.schedule is None:
+        return common.cosine_schedule(args.lr, 0.0, step, run.total_steps, warmup_steps)
+    drops = sum(step >= epoch * run.steps_per_epoch for epoch in args.schedule)
+    return common.cosine_schedule(args.lr, args.lr, step, run.total_steps, warmup_steps) * 0.1**drops
+
+
+def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, report: str,
+          args: argparse.Namespace, process: Process) -> common.Run:
+    """Trains a detector on images of pixels of `dtype`; returns the run, which may have been stopped."""
+    dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,
+                         args.bands)
+    run = common.Run(args, process, samples=len(dataset), images=len(samples))
+    if process.world_size > 1 and process.device.type == "cuda":
+        detector = timm.layers.convert_sync_batchnorm(detector)
+    common.to_device(detector, process.device)
+    # BatchNorm of the backbone keeps its statistics, except those that an untrained one still has to find.
+    detector.train()
+    detector.pyramid.train(args.finetune and args.weights == ["random"])
+    optimizer, scaler = build_optimizer(detector, args), run.scaler
+    run.restore(None, detector=detector, optimizer=optimizer)
+    if args.compile:
+        detector.compile()
+    ddp_detector = common.distributed(detector, process)
+
+    init = f"resumed at step {run.start_step}" if run.start_step else report
+    for step in run.steps(run.loader(dataset), init, boxes=sum(len(sample.labels) for sample in samples)):
+        lr = learning_rate(step, run, args)
+        common.set_lr(optimizer, lr)
+        terms = []
+        for micro in range(args.accum_steps):
+            windows, targets = run.fetch()  # B x C x S x S, B x M x 6
+            x = common.to_float(windows, args.mean, args.std)
+            x = common.normalize(x, args.mean, args.std, windows.dtype)
+            with common.accumulating(ddp_detector, micro, args.accum_steps):
+                with run.autocast:
+                    outputs = ddp_detector(x)
+                loss, figures = detection_loss(outputs, targets, process)
+                scaler.scale(loss / args.accum_steps).backward()
+            terms.append(figures)
+        grad_norm = common.grad_norm(optimizer, scaler)
+        nn.utils.clip_grads_with_norm_(detector.parameters(), CLIP_GRAD, grad_norm)
+        common.optimizer_step(optimizer, scaler)
+        run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
+
+    common.share_buffers(detector, process)
+    return run
+
+
+# --------------------------------------------------------------------------------------------------
 # Evaluation
 # --------------------------------------------------------------------------------------------------
 
@@ -776,76 +844,51 @@ def draw_examples(found: dict[int, Found], samples: Sequence[Sample], pixels: co
 
 
 # --------------------------------------------------------------------------------------------------
-# Training and prediction
+# Prediction of new images
 # --------------------------------------------------------------------------------------------------
 
 
-def build_optimizer(detector: Detector, args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, or SGD with momentum .9; the backbone at its own rate."""
-    groups, backbone = common.param_groups(detector.head), detector.pyramid.backbone
-    skip = getattr(backbone, "no_weight_decay", tuple)()  # such as the positions of a ViT
-    if args.finetune:
-        own = timm.optim.param_groups_weight_decay(backbone, args.weight_decay, no_weight_decay_list=skip)
-        groups += [group | {"lr_scale": args.backbone_lr / args.lr} for group in own]
-    if args.optimizer == "adamw":
-        return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=True)
-    return torch.optim.SGD(groups, args.lr, momentum=0.9, weight_decay=args.weight_decay)
-
-
-def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float:
-    """Cosine to 0, or a tenth after each epoch of --schedule; a warm-up of a tenth, 500 steps at most."""
-    warmup_steps = min(500, run.total_steps // 10)
-    if args.schedule is None:
-        return common.cosine_schedule(args.lr, 0.0, step, run.total_steps, warmup_steps)
-    drops = sum(step >= epoch * run.steps_per_epoch for epoch in args.schedule)
-    return common.cosine_schedule(args.lr, args.lr, step, run.total_steps, warmup_steps) * 0.1**drops
-
-
-def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, report: str,
-          args: argparse.Namespace, process: Process) -> common.Run:
-    """Trains a detector on images of pixels of `dtype`; returns the run, which may have been stopped."""
-    dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,
-                         args.bands)
-    run = common.Run(args, process, samples=len(dataset), images=len(samples))
-    if process.world_size > 1 and process.device.type == "cuda":
-        detector = timm.layers.convert_sync_batchnorm(detector)
+def predict(args: argparse.Namespace, process: Process) -> None:
+    """Writes OUT/predictions, a text per image of the folder: a line of DOTA for each box, and its score."""
+    source, root, done = Path(args.weights[0]), Path(args.predict), 0
+    out = common.make_output_dir(args.output_dir, process) / "predictions"
+    with load_saved(source, "detector.pth") as saved:
+        vars(args).update({name: saved["args"][name] for name in SAVED_FLAGS})
+        state, info = common.read_weights(str(source))
+        args.mean, args.std = info["mean"], info["std"]
+        dtype, classes = torch.uint8 if saved["is_uint8"] else torch.float32, saved["classes"]
+        backbone = build(str(source), state, info, args.mean, args.std, dtype, args)
+        detector = build_detector(backbone.model, len(classes), args)
+        detector.head.load_state_dict(saved["head"])
+    paths = common.from_main(process, partial(common.list_images, root, args.output_dir, flag="--predict",
+                                              bands=args.bands))
+    common.check_there(process, paths, root, "--predict")
+    if len({stem(path, root) for path in paths}) < len(paths):
+        common.fail(f"--predict {root}: has two images of one stem")
+    if process.is_main:
+        print(backbone.report)
     common.to_device(detector, process.device)
-    # BatchNorm of the backbone keeps its statistics, except those that an untrained one still has to find.
-    detector.train()
-    detector.pyramid.train(args.finetune and args.weights == ["random"])
-    optimizer, scaler = build_optimizer(detector, args), run.scaler
-    run.restore(None, detector=detector, optimizer=optimizer)
-    if args.compile:
-        detector.compile()
-    ddp_detector = common.distributed(detector, process)
+    for i, (boxes, scores, labels) in detect_all(detector, backbone.images(paths), args, process):
+        lines = []
+        for corners, score, label in zip(to_corners(boxes), scores, labels, strict=True):
+            numbers = " ".join(f"{x:.1f}" for x in corners.flatten().tolist())
+            lines.append(f"{numbers} {classes[label]} 0 {score:.3f}\n")
+        data = "".join(lines).encode()
+        common.write_atomically(out / f"{stem(paths[i], root)}.txt", lambda file, data=data: file.write(data))
+        done += 1
+    done = sum(common.gather_objects(done, process))
+    if process.is_main:
+        print(f"boxes of {done} of {len(paths)} images: {out}")
 
-    init = f"resumed at step {run.start_step}" if run.start_step else report
-    for step in run.steps(run.loader(dataset), init, boxes=sum(len(sample.labels) for sample in samples)):
-        lr = learning_rate(step, run, args)
-        common.set_lr(optimizer, lr)
-        terms = []
-        for micro in range(args.accum_steps):
-            windows, targets = run.fetch()  # B x C x S x S, B x M x 6
-            x = common.to_float(windows, args.mean, args.std)
-            x = common.normalize(x, args.mean, args.std, windows.dtype)
-            with common.accumulating(ddp_detector, micro, args.accum_steps):
-                with run.autocast:
-                    outputs = ddp_detector(x)
-                loss, figures = detection_loss(outputs, targets, process)
-                scaler.scale(loss / args.accum_steps).backward()
-            terms.append(figures)
-        grad_norm = common.grad_norm(optimizer, scaler)
-        nn.utils.clip_grads_with_norm_(detector.parameters(), CLIP_GRAD, grad_norm)
-        common.optimizer_step(optimizer, scaler)
-        run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
-    common.share_buffers(detector, process)
-    return run
+# --------------------------------------------------------------------------------------------------
+# Main
+# --------------------------------------------------------------------------------------------------
 
 
 def compare(args: argparse.Namespace, process: Process) -> None:
     """Trains and evaluates a detector on each of --weights, and writes the results."""
-    out, lines = common.make_output_dir(args.output_dir, process), []
+    out, lines, versions = common.make_output_dir(args.output_dir, process), [], common.versions()
     parts = common.from_main(process, lambda: [find_part(args, "train"), find_part(args, "val", "test")])
     common.check_there(process, parts[0].paths, args.data_path)
     backbones = prepare(args, process, parts[0].paths, baselines=("random",))
@@ -889,7 +932,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
                       **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]},
                       **evaluate(found, test_samples, classes, own.boxes == "oriented"),
                       "loading": backbone.report,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
+                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         append_result(out, lines[-1])
     if process.is_main and lines:
         print_table(lines)
@@ -917,45 +960,12 @@ def print_table(lines: list[dict]) -> None:
     print_rows(title, rows)
 
 
-def predict(args: argparse.Namespace, process: Process) -> None:
-    """Writes OUT/predictions, a text per image of the folder: a line of DOTA for each box, and its score."""
-    source, root, done = Path(args.weights[0]), Path(args.predict), 0
-    out = common.make_output_dir(args.output_dir, process) / "predictions"
-    with load_saved(source, "detector.pth") as saved:
-        vars(args).update({name: saved["args"][name] for name in SAVED_FLAGS})
-        state, info = common.read_weights(str(source))
-        args.mean, args.std = info["mean"], info["std"]
-        dtype, classes = torch.uint8 if saved["is_uint8"] else torch.float32, saved["classes"]
-        backbone = build(str(source), state, info, args.mean, args.std, dtype, args)
-        detector = build_detector(backbone.model, len(classes), args)
-        detector.head.load_state_dict(saved["head"])
-    paths = common.from_main(process, partial(common.list_images, root, args.output_dir, flag="--predict",
-                                              bands=args.bands))
-    common.check_there(process, paths, root, "--predict")
-    if len({stem(path, root) for path in paths}) < len(paths):
-        common.fail(f"--predict {root}: has two images of one stem")
-    if process.is_main:
-        print(backbone.report)
-    common.to_device(detector, process.device)
-    for i, (boxes, scores, labels) in detect_all(detector, backbone.images(paths), args, process):
-        lines = []
-        for corners, score, label in zip(to_corners(boxes), scores, labels, strict=True):
-            numbers = " ".join(f"{x:.1f}" for x in corners.flatten().tolist())
-            lines.append(f"{numbers} {classes[label]} 0 {score:.3f}\n")
-        data = "".join(lines).encode()
-        common.write_atomically(out / f"{stem(paths[i], root)}.txt", lambda file, data=data: file.write(data))
-        done += 1
-    done = sum(common.gather_objects(done, process))
-    if process.is_main:
-        print(f"boxes of {done} of {len(paths)} images: {out}")
-
-
 def main() -> None:
     """Parses and checks the flags, joins the processes; trains and evaluates, or predicts."""
     args = get_parser().parse_args()
     check_args(args)
     process = common.init_process(args.device)
-    common.autocast(args.amp, process.device)  # chooses the form of attention of networks built from now on
+    common.choose_attention(args.amp, process.device)
     (predict if args.predict else compare)(args, process)
     process.leave()
 

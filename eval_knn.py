@@ -258,8 +258,8 @@ def split_off(images: Labelled, names: list[str], val_fraction: float, split_see
     return [images.part(~mask), images.part(mask)]
 
 
-def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path | None = None,
-                bands: list[int | str] | None = None) -> tuple[Labelled, Labelled, list[str], str]:
+def read_labels(root: Path, val_fraction: float, split_seed: int, exclude: Path | None,
+                bands: list[int | str] | None) -> tuple[Labelled, Labelled, list[str], str]:
     """As load_split, from root/labels.csv: path,labels or path,labels,split.
 
     Paths are relative to `root`; labels are joined by `|`. Where each image has one label they are classes.
@@ -773,48 +773,6 @@ def evaluate(backbone: Backbone, both: Labelled, N: int, classes: list[str], arg
     return result
 
 
-def main() -> None:
-    """Checks everything, then evaluates each of the weights."""
-    args = get_parser().parse_args()
-    common.check_bands(args, None)
-    process = common.init_process(args.device)
-    common.autocast(args.amp, process.device)  # before a network is built, whose attention it chooses
-    out = common.make_output_dir(args.output_dir, process)
-    train, test, classes, split = load_split_once(args, process)
-    if not classes and (args.nb_knn or args.per_class):
-        common.fail(f"--nb_knn, --per_class: {args.data_path} has {NO_LABELS}")
-    ks = choose_ks(args.nb_knn, len(train), "training images")
-    if process.is_main and not classes:
-        print(f"{args.data_path} has {NO_LABELS}: label-free figures only")
-    elif process.is_main and args.nb_knn is None and ks != NB_KNN:
-        left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
-        print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
-    backbones = prepare(args, process, train.paths)
-    check_patches(backbones)
-    both = Labelled(common.Paths.of([*train.paths, *test.paths]), torch.cat([train.labels, test.labels]))
-
-    lines, versions = [], common.versions()
-    for name, backbone in zip(args.weights, backbones, strict=True):
-        began = time.perf_counter()
-        if process.is_main:
-            print(backbone.report, flush=True)
-        suffix = re.sub(r"[^A-Za-z0-9.-]+", "_", f"_{len(lines) + 1}_{name[-60:]}") * (len(backbones) > 1)
-        result = evaluate(backbone, both, len(train), classes, args, process, suffix)
-        lines.append({"task": "knn" if classes else "label-free", "weights": name,
-                      "checkpoint_key": args.checkpoint_key,
-                      "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
-                      "split": split, "in_chans": args.in_chans, "bands": args.bands,
-                      "img_size": backbone.img_size, "temperature": args.temperature,
-                      "amp": args.amp, "seed": args.seed, "loading": backbone.report, **result,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
-        if process.is_main:
-            append_result(out, lines[-1])
-    if process.is_main:
-        print_table(lines, classes)
-        print("\n".join(map(json.dumps, lines)), flush=True)
-    process.leave()
-
-
 @contextlib.contextmanager
 def load_saved(folder: Path, name: str) -> Iterator[dict]:
     """What an evaluation that trains left for --predict; what fails under `with` is the file's fault."""
@@ -870,6 +828,48 @@ def print_classes(title: str, lines: list[dict], classes: list[str]) -> None:
             values = [line["per_class"][i] for line in lines]
             print(f"  {name:24}" + "".join(f"{'-':>9}" if v is None else f"{v:9.2f}" for v in values))
     print()
+
+
+def main() -> None:
+    """Checks everything, then evaluates each of the weights."""
+    args = get_parser().parse_args()
+    common.check_bands(args, None)
+    process = common.init_process(args.device)
+    common.choose_attention(args.amp, process.device)
+    out = common.make_output_dir(args.output_dir, process)
+    train, test, classes, split = load_split_once(args, process)
+    if not classes and (args.nb_knn or args.per_class):
+        common.fail(f"--nb_knn, --per_class: {args.data_path} has {NO_LABELS}")
+    ks = choose_ks(args.nb_knn, len(train), "training images")
+    if process.is_main and not classes:
+        print(f"{args.data_path} has {NO_LABELS}: label-free figures only")
+    elif process.is_main and args.nb_knn is None and ks != NB_KNN:
+        left_out = " ".join(str(k) for k in NB_KNN if k not in ks)
+        print(f"--nb_knn: {left_out} left out, above the number of training images, {len(train)}")
+    backbones = prepare(args, process, train.paths)
+    check_patches(backbones)
+    both = Labelled(common.Paths.of([*train.paths, *test.paths]), torch.cat([train.labels, test.labels]))
+
+    lines, versions = [], common.versions()
+    for name, backbone in zip(args.weights, backbones, strict=True):
+        began = time.perf_counter()
+        if process.is_main:
+            print(backbone.report, flush=True)
+        suffix = re.sub(r"[^A-Za-z0-9.-]+", "_", f"_{len(lines) + 1}_{name[-60:]}") * (len(backbones) > 1)
+        result = evaluate(backbone, both, len(train), classes, args, process, suffix)
+        lines.append({"task": "knn" if classes else "label-free", "weights": name,
+                      "checkpoint_key": args.checkpoint_key,
+                      "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
+                      "split": split, "in_chans": args.in_chans, "bands": args.bands,
+                      "img_size": backbone.img_size, "temperature": args.temperature,
+                      "amp": args.amp, "seed": args.seed, "loading": backbone.report, **result,
+                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
+        if process.is_main:
+            append_result(out, lines[-1])
+    if process.is_main:
+        print_table(lines, classes)
+        print("\n".join(map(json.dumps, lines)), flush=True)
+    process.leave()
 
 
 if __name__ == "__main__":

@@ -689,7 +689,7 @@ def save_head(out: Path, backbone: Backbone, features: nn.Module, weights: tuple
     common.write_atomically(out / "head.pth", partial(torch.save, head))
 
 
-def evaluate(args: argparse.Namespace, process: Process, out: Path) -> None:
+def compare(args: argparse.Namespace, process: Process, out: Path) -> None:
     """Probes or fine-tunes each of --weights, and writes the results."""
     train, test, classes, split = eval_knn.load_split_once(args, process)
     if not classes:
@@ -747,12 +747,12 @@ def main() -> None:
     args = get_parser().parse_args()
     check_args(args)
     process = common.init_process(args.device)
-    common.autocast(args.amp, process.device)  # before a network is built, whose attention it chooses
+    common.choose_attention(args.amp, process.device)
     out = common.make_output_dir(args.output_dir, process)
     if args.predict:
         predict(args, process, out)
     else:
-        evaluate(args, process, out)
+        compare(args, process, out)
     process.leave()
 
 

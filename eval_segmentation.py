@@ -13,7 +13,8 @@ UPerNet: T. Xiao et al., "Unified perceptual parsing for scene understanding", E
 
 The backbone gives maps at strides 4, 8, 16, 32 (a ViT: of four blocks), and a head makes logits of them at
 stride 4. Of two dates the head sees |f1 - f2| at each level, so their order cannot matter. Whole test images
-of any size are evaluated by overlapping windows.
+of any size are evaluated by overlapping windows. Read `Pyramid`, `UPerNet`, `loss_terms`, `train`,
+`window_logits` and `figures` first.
 
     symbol    variable    flag (default)            what
     B         B           batch_size_per_gpu (8)    crops per process and micro-batch
@@ -627,6 +628,11 @@ class Segmenter(nn.Module):
         return self.head(maps, (H // 4, W // 4))
 
 
+# --------------------------------------------------------------------------------------------------
+# Loss
+# --------------------------------------------------------------------------------------------------
+
+
 def loss_terms(logits: Tensor, masks: Tensor, process: Process) -> dict[str, Tensor]:
     """Cross-entropy, for change (K = 1) binary and with Dice, over the pixels that count of all processes.
 
@@ -925,6 +931,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     backbones = prepare(args, process, images, args.drop_path, baselines=("random", "pixels"))
     pixels = backbones[0].images(images)
     data = common.from_main(process, partial(load_data, files, split, change, pixels, args))
+    versions = common.versions()
     K, prepared, lines = 1 if change else len(data.classes.names), [], []
     for name, backbone in zip(args.weights, backbones, strict=True):
         own = argparse.Namespace(**vars(args))
@@ -955,7 +962,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
                       "data": args.data_path, "split": data.split, "train_images": len(data.train),
                       **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]}, "loading": report,
                       "classes": data.classes.names, "ignored": data.classes.ignored, **result,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
+                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
         if process.is_main:
             append_result(out, lines[-1])
     if process.is_main and lines:
@@ -990,7 +997,7 @@ def main() -> None:
     args = get_parser().parse_args()
     check_args(args)
     process = common.init_process(args.device)
-    common.autocast(args.amp, process.device)  # chooses the form of attention of networks built from now on
+    common.choose_attention(args.amp, process.device)
     (predict if args.predict else compare)(args, process)
     process.leave()
 

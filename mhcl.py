@@ -477,17 +477,22 @@ def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float
     return common.cosine_schedule(lr, lr, step, run.total_steps, warmup_steps) * 0.1**drops
 
 
+def check_queue(args: argparse.Namespace, run: common.Run) -> None:
+    """Fails where the queue cannot hold a step's keys; warns where it is longer than sensible."""
+    if args.moco_k < run.effective_batch:
+        common.fail(f"--moco_k {args.moco_k}: must be at least the effective batch, {run.effective_batch}")
+    if args.moco_k > run.samples / 2 and run.process.is_main:
+        print(f"warning: --moco_k {args.moco_k}: more than half of the {run.samples} images; the queue often "
+              "holds an older key of the query's own image, as a negative", file=sys.stderr)
+
+
 def train(args: argparse.Namespace, process: Process) -> None:
     """Trains the query encoder; writes checkpoints, backbone, log and pictures to --output_dir."""
     # Data
     samples = common.load_samples(args, process, common.IMAGENET_MEAN, common.IMAGENET_STD)
     run = common.Run(args, process, samples=len(samples), images=len(samples.paths),
                      free_flags=common.FREE_FLAGS | {"bn_groups"})
-    if args.moco_k < run.effective_batch:
-        common.fail(f"--moco_k {args.moco_k}: must be at least the effective batch, {run.effective_batch}")
-    if args.moco_k > len(samples) / 2 and process.is_main:
-        print(f"warning: --moco_k {args.moco_k}: more than half of the {len(samples)} images; the queue "
-              "often holds an older key of the query's own image, as a negative", file=sys.stderr)
+    check_queue(args, run)
 
     # Networks, new or resumed. --init fills the query encoder alone, so the key encoder is copied from it.
     encoder_q, encoder_k = build_encoders(args)

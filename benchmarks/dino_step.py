@@ -50,7 +50,8 @@ def main() -> None:
     groups = dino_mc.color_views(crops, views, normalisation, torch.Generator())
     networks = []
     for amp in (args.amp, "off"):
-        autocast = common.autocast(amp, cpu)  # which chooses the form of attention
+        common.choose_attention(amp, cpu)
+        autocast = common.autocast(amp, cpu)
         backbone = timm.create_model("vit_small_patch16_224", num_classes=0, dynamic_img_size=True)
         networks.append((dino_mc.Network(backbone, dino_mc.DINOHead(384, K), 16), autocast))
     (start, our_autocast), (other, plain_autocast) = networks

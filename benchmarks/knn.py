@@ -45,7 +45,8 @@ def main() -> None:
 
     networks, images = [], torch.randn(16, 3, 224, 224)
     for amp in ("auto", "off"):
-        autocast = common.autocast(amp, torch.device("cpu"))  # which chooses the form of attention
+        common.choose_attention(amp, torch.device("cpu"))
+        autocast = common.autocast(amp, torch.device("cpu"))
         networks.append((common.build_backbone("vit_small_patch16_224", 224).eval(), autocast))
     networks[1][0].load_state_dict(networks[0][0].state_dict())
 

@@ -244,7 +244,8 @@ def test_first_view_keeps_its_colour_and_second_is_changed_image_by_image():
     N, seed, args = 100, 0, make_args()
     crops = torch.randint(256, (N, 2, 3, 24, 24), generator=generator()).byte()
     x1, x2 = cmid.color_views(crops, args, seed)
-    expected = common.normalize(crops[:, 0].float() / 255, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD)
+    expected = common.normalize(crops[:, 0].float() / 255, cmid.MILLIONAID_MEAN, cmid.MILLIONAID_STD,
+                                torch.uint8)
     torch.testing.assert_close(x1, expected)
 
     draws = generator(seed)
@@ -348,7 +349,7 @@ STEPS = """--arch test_convnext --img_size 64 --mask_patch_size 16 --local_dim 1
 
 
 def plain_views(crops, args, seed):
-    return tuple(common.normalize(crops[:, view] / 255, args.mean, args.std) for view in range(2))
+    return tuple(common.normalize(view / 255, args.mean, args.std, torch.uint8) for view in crops.unbind(1))
 
 
 def fixed_masks(B, side, ratio, generator):

@@ -158,7 +158,7 @@ def test_amp_auto_is_bf16_by_the_processors_capability(monkeypatch, machine, avx
     assert common.autocast_dtype("auto", cpu) == (torch.bfloat16 if native else None)
     assert common.autocast_dtype("bf16", cpu) == torch.bfloat16 and common.autocast_dtype("off", cpu) is None
     for amp in ("auto", "off"):  # attention is not fused in bf16 on a CPU
-        common.autocast(amp, cpu)
+        common.choose_attention(amp, cpu)
         attention = common.build_backbone("test_vit", 32).blocks[0].attn
         assert attention.fused_attn == (amp == "off" or not native)
 
@@ -258,7 +258,7 @@ def test_blur_matches_torchvision(shape):
 def test_grayscale_solarize_and_normalize_match_torchvision(images):
     where = torch.arange(8) % 2 == 0
     gray, solar = common.grayscale(images.clone(), where), common.solarize(images.clone(), where)
-    normal = common.normalize(images, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    normal = common.normalize(images, common.IMAGENET_MEAN, common.IMAGENET_STD, torch.uint8)
     for i, image in enumerate(images):
         torch.testing.assert_close(
             gray[i], TF.rgb_to_grayscale(image, 3) if where[i] else image, atol=1e-5, rtol=0

@@ -313,7 +313,7 @@ def test_views_without_colour_are_the_normalised_crops():
     flat = [view for group in groups for view in group.split(4)]
     for crop, view in zip(crops, flat, strict=True):
         torch.testing.assert_close(
-            view, common.normalize(crop / 255, common.IMAGENET_MEAN, common.IMAGENET_STD)
+            view, common.normalize(crop / 255, common.IMAGENET_MEAN, common.IMAGENET_STD, torch.uint8)
         )
 
 
@@ -420,7 +420,8 @@ def naive_training(args, paths):
     center, losses, updates = torch.zeros(args.out_dim), [], dict.fromkeys(parameters, 0)
     for step, samples in enumerate(common.StepSampler(30, 8, 1, ALONE, 0, 0, 6)):
         crops = [torch.stack(view) for view in zip(*(dataset[sample] for sample in samples), strict=True)]
-        x = [common.normalize(view / 255, common.IMAGENET_MEAN, common.IMAGENET_STD) for view in crops]
+        x = [common.normalize(view / 255, common.IMAGENET_MEAN, common.IMAGENET_STD, torch.uint8)
+             for view in crops]
         t = [teacher.head(teacher.backbone(view)) for view in x[:2]]
         s = [student.head(student.backbone(view)) for view in x]
         pairs = [(i, v) for i in range(2) for v in range(4) if v != i]

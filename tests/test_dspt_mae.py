@@ -520,7 +520,8 @@ def test_warm_up_is_40_epochs_or_a_tenth_of_all():
 def test_reconstruction_shows_the_prediction_in_pixels(tmp_path, flag, dtype):
     """A perfect prediction gives the source back, in the third column, with either kind of targets."""
     args = make_args("--output_dir", tmp_path, flag)
-    images = common.normalize(torch.rand(2, 3, 32, 32, generator=generator()), args.mean, args.std)
+    images = torch.rand(2, 3, 32, 32, generator=generator())
+    images = common.normalize(images, args.mean, args.std, torch.uint8)
     patches, mask = dspt_mae.patchify(images, 8), masking(2, 16)[2]
     target = dspt_mae.normalize_patches(patches)[0] if args.norm_pix_loss else patches
     run = SimpleNamespace(args=args, draw=lambda name, rows, dtype: common.save_grid(

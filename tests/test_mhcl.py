@@ -325,7 +325,7 @@ def test_colour_is_torchvisions_sample_by_sample(aug_plus):
 
 
 def plain_views(crops, args, generator):
-    return common.normalize(crops / 255, args.mean, args.std)
+    return common.normalize(crops / 255, args.mean, args.std, torch.uint8)
 
 
 def train_two_steps(scenes, out, monkeypatch, flags):

@@ -717,7 +717,7 @@ def test_numbers_are_taken_three_deviations_either_way():
     torch.testing.assert_close(normal, (6 * (expected - 0.5)).expand(3, 2, 2, 3), atol=1e-5, rtol=0)
     eight = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)
     assert torch.equal(common.to_float(eight, [5.0], [7.0]), eight.float() / 255)
-    normal = common.normalize(eight / 255, [0.2], [0.5]).flatten()
+    normal = common.normalize(eight / 255, [0.2], [0.5], torch.uint8).flatten()
     torch.testing.assert_close(normal, torch.tensor([-0.4, 0, 1.6]))
 
 
