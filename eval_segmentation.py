@@ -79,7 +79,7 @@ BINS = 4097  # of logits from -16 to 16, for the average precision
 GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # of a GeoTIFF: scale, tie points, matrix, keys
 SAVED_FLAGS = "arch img_size in_chans bands mean std head head_dim finetune".split()  # with the segmenter
 SETTINGS = """checkpoint_key allow_partial patch_size drop_path epochs batch_size_per_gpu accum_steps lr
-    backbone_lr layer_decay weight_decay color_jitter seed""".split()  # also in a line of results
+    backbone_lr layer_decay weight_decay color_jitter seed amp""".split()  # also in a line of results
 PREDICT_FLAGS = "predict weights num_workers batch_size_per_gpu output_dir device amp".split()
 
 # --------------------------------------------------------------------------------------------------
@@ -361,9 +361,9 @@ def find_files(args: argparse.Namespace) -> tuple[list[Files], str, bool]:
 
 def load_data(files: list[Files], split: str, change: bool, pixels: common.Samples,
               args: argparse.Namespace) -> Data:
-    """Reads all masks once and the sizes of all images; leaves out what is unreadable, fails where it must.
+    """Reads all masks once and the sizes of all images; leaves out pairs that are unreadable.
 
-    That is where more than 1 % are unreadable, or where sizes or values do not fit.
+    Fails where these are more than 1 %, and where sizes or values do not fit.
     """
     root = Path(args.data_path)
     classes = read_classes(args.classes, args.ignore) if args.classes else CHANGE if change else None

@@ -295,6 +295,19 @@ def test_crops_avoid_the_parts_of_a_scene_without_data(land):
         torch.testing.assert_close(dataset[0, i][0], torch.full((1, 3, 16, 16), 7.0))
 
 
+def test_unreadable_pairs_are_left_out_up_to_one_percent(tmp_path, capsys):
+    for i in range(101):
+        for kind in ("images", "masks"):
+            part = tmp_path / ("train" if i < 95 else "val") / kind
+            save(part / f"{i:03}.png", np.uint8(rng(i).integers(0, 2, (8, 8) + (3,) * (kind == "images"))))
+    (tmp_path / "train/masks/007.png").write_text("no mask")
+    data = load(tmp_path)
+    names = [[Path(path).stem for path in pair] for pair in data.train]
+    assert len(names) == 94 == len(data.sizes) and len(data.test) == 6
+    assert all(image == mask != "007" for image, mask in names)
+    assert "1 unreadable, left out: " in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------ classes and masks
 
 
