@@ -39,7 +39,8 @@ SHORT = {
     MAE: "--epochs 3 --warmup_epochs .5"}
 LONG = {
     DINO: "--local_crops_number 4 --warmup_epochs .5 --momentum_teacher .99",
-    MOCO: "--batch_size_per_gpu 64 --moco_k 2048 --warmup_epochs .5",
+    MOCO: """--batch_size_per_gpu 64 --moco_k 2048 --moco_t .1 --optimizer adamw --lr 4e-3 --weight_decay .05
+        --warmup_epochs .5""",
     CMID: "--warmup_epochs .5 --batch_size_per_gpu 32 --moco_k 2048 --lr 2e-3 --momentum .99",
     MAE: "--warmup_epochs 2"}
 PARTS = 5  # of a long run
