@@ -285,7 +285,7 @@ BAD_EVALUATION = [
     (["--weights", "resnet18"], "timm could not load pretrained weights"),
     (
         ["--weights", "random", "--arch", "test_vit", "--patch_size", "8", "--img_size", "30"],
-        "no multiple of the patch, 8",
+        "must be a multiple of the patch, 8",
     ),
 ]
 

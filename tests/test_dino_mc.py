@@ -400,7 +400,14 @@ def plain_train(train, monkeypatch):
     monkeypatch.setattr(
         dino_mc, "make_views", lambda *args: [replace(v, **PLAIN, p_solarize=0.0) for v in make_views(*args)]
     )
-    monkeypatch.setattr(common, "build_optimizer", partial(build_optimizer, eps=EPS))
+
+    def with_eps(model, args):
+        optimizer = build_optimizer(model, args)
+        for group in optimizer.param_groups:
+            group["eps"] = EPS
+        return optimizer
+
+    monkeypatch.setattr(common, "build_optimizer", with_eps)
 
     def run(out, *flags):
         saved = train(out, *STEPS, *flags)

@@ -759,7 +759,7 @@ def test_real_files():
     assert len(samples) == 5 * 16 and samples[79].shape == (3, 64, 64)
 
 
-def test_tiff_whose_pages_go_in_a_circle_is_refused(tmp_path):
+def test_tiff_whose_pages_form_a_loop_is_refused(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", np.zeros((2, 16, 16), np.uint8), photometric=GREY)
     with tifffile.TiffFile(tmp_path / "a.tif") as file:
         offsets = [page.offset for page in file.pages]
@@ -767,7 +767,7 @@ def test_tiff_whose_pages_go_in_a_circle_is_refused(tmp_path):
     data = bytearray((tmp_path / "a.tif").read_bytes())
     data[after : after + 4] = int(offsets[0]).to_bytes(4, "little")
     (tmp_path / "a.tif").write_bytes(data)
-    with pytest.raises(UnreadableImageError, match="circle"):
+    with pytest.raises(UnreadableImageError, match="loop"):
         read_image(tmp_path / "a.tif", 1)
 
 
