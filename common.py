@@ -2083,10 +2083,10 @@ def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int |
     Args:
         arch: of timm.
         img_size: side, or height and width, of the images.
-        patch_size: of a ViT; None: the arch's own.
+        patch_size: of a ViT; default: the arch's own.
         drop_path: rate of stochastic depth.
         in_chans: channels of the images.
-        global_pool: of a ViT: "avg" for fc_norm(mean of the patch tokens); None: the arch's own.
+        global_pool: of a ViT: "avg" for fc_norm(mean of the patch tokens); default: the arch's own.
 
     Returns:
         the model; its attribute `model_args` holds what timm.create_model needs beside the name to build it
@@ -2170,7 +2170,7 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
     Args:
         source: what the user gave.
         checkpoint_key: the network of a checkpoint to take, an entry or a prefix in its state dict, such as
-            MoCo's encoder_k; None: the network that its run exports.
+            MoCo's encoder_k; default: the network that its run exports.
         flag: the flag to name in errors.
         whole: keep MAE's decoder beside the backbone.
 
@@ -2406,7 +2406,7 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
 def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | None) -> str:
     """Fills `backbone` from `--init`, unless the run is resumed from `saved`; returns where it starts."""
     if saved:
-        return f"resumed at step {saved['step']}{', --init is not read again' if args.init else ''}"
+        return ""  # Run.steps says so
     if not args.init:
         return "from scratch"
     state, info = read_weights(args.init, args.checkpoint_key, "--init")
@@ -2806,13 +2806,16 @@ class Run:
 
         Args:
             loader: of `Run.loader`.
-            init: a line, or lines, on where the weights come from; printed first.
+            init: a line, or lines, on where the weights of a new run come from; printed first.
             floors: health figures, and the value that a collapsed network is below. One that stays below for
                 a tenth of the run, and five lines, brings one warning with `advice`.
             advice: what to try then.
             header: derived values, printed and written to the log before training.
         """
         process, amp = self.process, autocast_dtype(self.args.amp, self.process.device)
+        if self.start_step:
+            again = ", --init is not read again" if getattr(self.args, "init", None) else ""
+            init = f"resumed at step {self.start_step}{again}"
         derived = {"device": device_name(process.device), "processes": process.world_size,
                    "amp": str(amp).removeprefix("torch.") if amp else "off", "images": self.images,
                    "samples": self.samples, "effective_batch": self.effective_batch,

@@ -683,8 +683,7 @@ def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, rep
         detector.compile()
     ddp_detector = common.distributed(detector, process)
 
-    init = f"resumed at step {run.start_step}" if run.start_step else report
-    for step in run.steps(run.loader(dataset), init, boxes=sum(len(sample.labels) for sample in samples)):
+    for step in run.steps(run.loader(dataset), report, boxes=sum(len(sample.labels) for sample in samples)):
         lr = learning_rate(step, run, args)
         common.set_lr(optimizer, lr)
         terms = []

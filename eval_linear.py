@@ -541,11 +541,10 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
         model.compile()
     ddp_model = common.distributed(model, process)
 
-    init = f"resumed at step {run.start_step}" if run.start_step else backbone.report
     loader = run.loader(FinetuneImages(train, backbone, args.rand_augment, args.seed))
     base_lr = args.lr * run.effective_batch / 256
     warmup_steps = round(args.warmup_epochs * run.steps_per_epoch)
-    for step in run.steps(loader, init, scaled_lr=base_lr):
+    for step in run.steps(loader, backbone.report, scaled_lr=base_lr):
         lr = common.cosine_schedule(base_lr, args.min_lr, step, run.total_steps, warmup_steps)
         common.set_lr(optimizer, lr)  # of the head; that of the layers below by --layer_decay
         terms = []

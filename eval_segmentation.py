@@ -690,8 +690,7 @@ def train(model: Segmenter, data: Data, report: str, args: argparse.Namespace,
     warmup_steps = min(100, run.total_steps // 10)
     jitter = [args.color_jitter] * 3 + [args.color_jitter / 4]
 
-    init = f"resumed at step {run.start_step}" if run.start_step else report
-    for step in run.steps(run.loader(dataset), init, lr=args.lr, warmup_steps=warmup_steps):
+    for step in run.steps(run.loader(dataset), report, lr=args.lr, warmup_steps=warmup_steps):
         lr = common.cosine_schedule(args.lr, 0.0, step, run.total_steps, warmup_steps)
         common.set_lr(optimizer, lr)
         terms = []
