@@ -31,7 +31,6 @@ CMID = """cmid.py --arch resnet18 --mask_patch_size 16 --local_dim 256 --teacher
     --warmup_teacher_temp_epochs 0"""
 MAE = """dspt_mae.py --arch vit_tiny_patch16_224 --patch_size 8 --decoder_dim 128 --decoder_depth 2
     --decoder_heads 4 --lr 2e-3"""
-SIDES = {"short": 64, "long": 96}  # pixels
 SHORT = {
     DINO: "--local_crops_number 2 --epochs 1 --warmup_epochs .2 --momentum_teacher .98",
     MOCO: "--epochs 2 --batch_size_per_gpu 32 --moco_k 1024",
@@ -39,19 +38,20 @@ SHORT = {
     MAE: "--epochs 3 --warmup_epochs .5"}
 LONG = {
     DINO: "--local_crops_number 4 --warmup_epochs .5 --momentum_teacher .99",
-    MOCO: """--batch_size_per_gpu 64 --moco_k 2048 --moco_t .1 --optimizer adamw --lr 4e-3 --weight_decay .05
+    MOCO: """--batch_size_per_gpu 64 --moco_k 512 --moco_t .1 --optimizer adamw --lr 4e-3 --weight_decay .05
         --warmup_epochs .5""",
-    CMID: "--warmup_epochs .5 --batch_size_per_gpu 32 --moco_k 2048 --lr 2e-3 --momentum .99",
+    CMID: "--warmup_epochs .5 --batch_size_per_gpu 32 --moco_k 512 --lr 2e-3 --momentum .99",
     MAE: "--warmup_epochs 2"}
+BUDGETS = {"short": SHORT, "long": LONG}
 PARTS = 5  # of a long run
 METHODS = {  # recipe, flags, epochs of a long run
-    "dino": (DINO, "--mode dino", 6),
-    "dino_mc": (DINO, "", 5),
-    "moco_v2": (MOCO, "--no-mhcl", 20),
-    "mhcl": (MOCO, "", 18),
-    "cmid": (CMID, "", 8),
-    "mae": (MAE, "", 30),
-    "dspt": (MAE, "", 30),
+    "dino": (DINO, "--mode dino", 9),
+    "dino_mc": (DINO, "", 8),
+    "moco_v2": (MOCO, "--no-mhcl", 26),
+    "mhcl": (MOCO, "", 24),
+    "cmid": (CMID, "", 12),
+    "mae": (MAE, "", 50),
+    "dspt": (MAE, "", 50),
 }
 OTHER = f"{MAE} --epochs 100 --warmup_epochs 10 --batch_size_per_gpu 32"  # where DSPT begins
 BASELINES = {
@@ -61,12 +61,13 @@ BASELINES = {
 }
 SEGMENTATION = "eval_segmentation.py --head upernet --head_dim 64 --img_size 128 --amp auto"
 TASKS = {  # name: flag of its folder, command, columns of the table
-    "knn": ("data_path", "eval_knn.py --img_size 96 --nb_knn 20", {"kNN": lambda line: line["top1"]["20"]}),
-    "linear": ("data_path", "eval_linear.py --img_size 96 --train_fraction .01 .1 1", {
+    "knn": ("data_path", "eval_knn.py --img_size 96 --nb_knn 20 --amp auto", {
+        "kNN": lambda line: line["top1"]["20"]}),
+    "linear": ("data_path", "eval_linear.py --img_size 96 --train_fraction .01 .1 1 --amp auto", {
         f"linear {share:.0%}": lambda line, share=share: line["top1"] if line["train_fraction"] == share
         else None for share in (1, 0.1, 0.01)}),
     "finetune": ("data_path", """eval_linear.py --finetune --img_size 96 --train_fraction .1 --epochs 10
-        --batch_size_per_gpu 32 --lr 2e-3 --amp auto""", {"fine-tuned 10%": lambda line: line["top1"]}),
+        --batch_size_per_gpu 32 --lr 1e-2 --amp auto""", {"fine-tuned 10%": lambda line: line["top1"]}),
     "roads": ("roads_path", f"{SEGMENTATION} --epochs 4", {"roads mIoU": lambda line: line["miou"]}),
     "change": ("change_path", f"{SEGMENTATION} --epochs 8", {"change F1": lambda line: line["f1"]}),
     "boxes": ("boxes_path", """eval_detection.py --no-finetune --img_size 384 --fpn_dim 64 --head_convs 2
@@ -84,8 +85,8 @@ def run(flags: str, *more: object) -> None:
 def flags_of(name: str, budget: str) -> str:
     """Script and flags of a method."""
     recipe, flags, epochs = METHODS[name]
-    own = f"{LONG[recipe]} --epochs {epochs}" if budget == "long" else SHORT[recipe]
-    return f"{recipe} {flags} --img_size {SIDES[budget]} {own}"
+    own = f"--epochs {epochs}" if budget == "long" else ""
+    return f"{recipe} {flags} --img_size 64 {BUDGETS[budget][recipe]} {own}"
 
 
 def read(path: Path) -> list[dict]:
@@ -98,7 +99,7 @@ def pretrain(name: str, out: Path, args: argparse.Namespace, seed: int) -> None:
     flags, more = flags_of(name, args.budget), ["--seed", seed, "--amp", args.amp]
     if name == "dspt":
         start = out.with_name(out.name.replace("dspt", "other"))
-        run(f"{OTHER} --img_size {SIDES[args.budget]}", "--data_path", args.other_path, "--output_dir", start,
+        run(f"{OTHER} --img_size 64", "--data_path", args.other_path, "--output_dir", start,
             *more)
         more += ["--init", start]
     more += ["--data_path", args.data_path / "train", "--output_dir", out]
@@ -211,7 +212,7 @@ def main() -> None:
     add("--data_path", type=Path, required=True, help="holds train/ and val/")
     add("--other_path", type=Path, required=True, help="images of another domain, for DSPT")
     add("--output_dir", type=Path, required=True, help="gets a folder for each run")
-    add("--budget", choices=["short", "long"], default="short", help="about 3 minutes or 40")
+    add("--budget", choices=list(BUDGETS), default="short", help="about 3 minutes or 40")
     add("--methods", choices=[*METHODS, *BASELINES], nargs="+", default=[*METHODS, *BASELINES],
         help="these alone")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run with each")

@@ -37,7 +37,7 @@ def test_there_are_commands():
 
 def benchmark_commands():
     flags = {f"{name}, {budget}": compare.flags_of(name, budget)
-             for name in compare.METHODS for budget in compare.SIDES}
+             for name in compare.METHODS for budget in compare.BUDGETS}
     tasks = {name: f"{flags} --weights random" for name, (_, flags, _) in compare.TASKS.items()}
     for name, line in (flags | tasks | limit.STEPS).items():
         script, _, words = line.partition(".py ")
