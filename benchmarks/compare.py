@@ -45,8 +45,8 @@ LONG = {
 BUDGETS = {"short": SHORT, "long": LONG}
 PARTS = 5  # of a long run
 METHODS = {  # recipe, flags, epochs of a long run
-    "dino": (DINO, "--mode dino", 9),
-    "dino_mc": (DINO, "", 8),
+    "dino": (DINO, "--mode dino", 8),
+    "dino_mc": (DINO, "", 7),
     "moco_v2": (MOCO, "--no-mhcl", 26),
     "mhcl": (MOCO, "", 24),
     "cmid": (CMID, "", 12),
