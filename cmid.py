@@ -50,7 +50,6 @@ import copy
 import math
 import sys
 
-import timm.layers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -579,8 +578,7 @@ def build_encoders(args: argparse.Namespace, process: Process) -> tuple[OnlineEn
     use_bn = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in backbone.modules())
     branch = Encoder(copy.deepcopy(backbone), D, args.local_dim, use_bn).requires_grad_(False)
     online = OnlineEncoder(backbone, D, args.local_dim, use_bn, args.mask_stage, token_dim, args.in_chans)
-    if process.world_size > 1 and process.device.type == "cuda":  # on CPUs each normalises its own batch
-        online, branch = (timm.layers.convert_sync_batchnorm(encoder) for encoder in (online, branch))
+    online, branch = (common.sync_batchnorm(encoder, process) for encoder in (online, branch))
     return online, branch
 
 

@@ -106,12 +106,9 @@ YOUNGER_FLAGS = {"in_chans": 3, "bands": None, "tile_size": None, "train_fractio
 
 
 def fail(message: str, code: int = 2, everywhere: bool = False) -> NoReturn:
-    """Ends the program with one line on stderr.
+    """Ends the program with one line on stderr; `code` 2 is wrong usage, 1 a failed run.
 
-    Args:
-        message: what is wrong, and what is allowed.
-        code: 2 for wrong usage, 1 for a failed run.
-        everywhere: print in any process, for errors that only one may see; else once per machine.
+    It is printed once per machine, or `everywhere`: in any process, for errors that only one may see.
     """
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         print("error:", one_line(message), file=sys.stderr, flush=True)
@@ -174,11 +171,6 @@ def unit(kind: type) -> Callable[[str], float]:
     return number(kind, lambda value: 0 <= value <= 1, "between 0 and 1")
 
 
-def finite(kind: type) -> Callable[[str], float]:
-    """Flag type: a number that is neither infinite nor NaN."""
-    return number(kind, math.isfinite, "a finite number")
-
-
 def default_warmup(given: float | None, usual: int, epochs: int) -> float:
     """Epochs of a warm-up: those given, else the `usual` ones, but at most a tenth of all."""
     return min(usual, epochs / 10) if given is None else given
@@ -211,11 +203,7 @@ class Process:
 
 
 def init_process(device: str) -> Process:
-    """Joins the other processes that `torch.distributed.run` started, or stands alone without it.
-
-    Args:
-        device: auto, cpu, cuda or mps; auto takes the first there is of cuda, mps, cpu.
-    """
+    """Joins the processes that `torch.distributed.run` started, if any; auto: first of cuda, mps, cpu."""
     if hasattr(sys.stdout, "reconfigure"):  # names of classes and files, in any terminal
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.excepthook = _say_what_is_short
@@ -1274,8 +1262,7 @@ class Samples(torch.utils.data.Dataset):
 
     Args:
         paths: files, or folders of bands, as list_images gives them, or a list.
-        in_chans: see read_image.
-        bands: see read_image.
+        in_chans, bands: see read_image.
         tile_size: side of the windows; None for whole images.
         dtype: of the pixels, once it is known: others are unreadable.
     """
@@ -1379,7 +1366,7 @@ def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
     Of a large sample about 65,536 pixels count. Samples of another type than most do not. The figures are
     rounded to six digits of the deviation.
     """
-    dtypes, counts, means, squares, sides, reason = [], [], [], [], [], ""
+    looked, reason = [], ""
     for index in range(0, len(samples), math.ceil(len(samples) / count)):
         try:
             pixels, valid = samples.read_masked(index)
@@ -1388,21 +1375,19 @@ def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
             continue
         values = pixels.reshape(-1, pixels.shape[2]) if valid is None else pixels[valid]
         values = values[:: math.ceil(len(values) / 2**16)] / (255.0 if pixels.dtype == np.uint8 else 1.0)
-        dtypes.append(pixels.dtype)
-        sides.append(min(pixels.shape[:2]))
-        counts.append(len(values))
-        means.append(values.mean(0, dtype=np.float64))
-        squares.append(((values - means[-1]) ** 2).sum(0))
-    if not dtypes:
+        mean = values.mean(0, dtype=np.float64)
+        looked.append((pixels.dtype, min(pixels.shape[:2]), len(values), mean, ((values - mean) ** 2).sum(0)))
+    if not looked:
         fail(f"--data_path: none of the images looked at is readable: {reason}")
+    dtypes, sides, *_ = zip(*looked, strict=True)
     dtype = max(dtypes, key=dtypes.count)
-    n, m, s = (np.array([x for x, own in zip(part, dtypes, strict=True) if own == dtype], np.float64)
-               for part in (counts, means, squares))
+    own = [figures for kind, _, *figures in looked if kind == dtype]
+    n, m, s = (np.array(part, np.float64) for part in zip(*own, strict=True))
     mean = n @ m / n.sum()
     std = np.sqrt((s.sum(0) + n @ (m - mean) ** 2) / n.sum())
     std = [float(f"{value:.6g}") or 1.0 for value in std]  # 1 for a constant band
     mean = [round(m, 5 - math.floor(math.log10(s))) for m, s in zip(mean.tolist(), std, strict=True)]
-    return PixelStats(torch.uint8 if dtype == np.uint8 else torch.float32, mean, std, sides)
+    return PixelStats(torch.uint8 if dtype == np.uint8 else torch.float32, mean, std, list(sides))
 
 
 def plain_decimals(values: Sequence[float]) -> str:
@@ -1445,7 +1430,8 @@ def add_pixel_flags(add: Callable, tiles: bool = True) -> None:
     if tiles:
         add("--tile_size", type=positive(int), help="take images as a grid of windows of so many pixels, of "
             "which only the parts needed are read; for large scenes")
-        add("--mean", type=finite(float), nargs="+", help="of each band, 8-bit pixels in [0, 1], others in "
+        finite = number(float, math.isfinite, "a finite number")
+        add("--mean", type=finite, nargs="+", help="of each band, 8-bit pixels in [0, 1], others in "
             "their units; default: the method's for 8-bit RGB, else measured and printed")
         add("--std", type=positive(float), nargs="+", help="of each band; default: as --mean")
     add("--num_workers", type=not_negative(int), help="per process; default: its share of the cores, at "
@@ -1587,14 +1573,7 @@ def worker_count(num_workers: int | None) -> int:
 
 def build_loader(dataset: torch.utils.data.Dataset, sampler: StepSampler, num_workers: int | None,
                  device: torch.device) -> torch.utils.data.DataLoader:
-    """Loader of (batch, messages about unreadable images).
-
-    Args:
-        dataset: maps (epoch, index) to a sample.
-        sampler: the batches to make, in order.
-        num_workers: see worker_count.
-        device: where batches will go; memory is pinned for cuda.
-    """
+    """Loader of (batch, messages about unreadable images); memory is pinned for cuda."""
     atexit.register(_end_workers)
     return torch.utils.data.DataLoader(
         SkipUnreadable(dataset), batch_sampler=sampler, num_workers=worker_count(num_workers),
@@ -1742,38 +1721,11 @@ class RefusedFileError(ValueError):
     """A file that is not damaged, and still not read; the message says why, and what to do."""
 
 
+@dataclass(frozen=True, eq=False)
 class Placeholder:
-    """Stands for what load_checkpoint leaves in the file: all but tensors, containers, numbers and text.
+    """Stands for what load_checkpoint leaves in the file: all but tensors, containers, numbers and text."""
 
-    It holds its name alone. It may be called, indexed, set, iterated and hashed, and nothing comes of it.
-    """
-
-    __slots__ = ("name",)
-
-    def __init__(self, name: str):
-        object.__setattr__(self, "name", name)
-
-    def __repr__(self) -> str:
-        return f"<{self.name}, left in the file>"
-
-    def __call__(self, *args: object, **kwargs: object) -> "Placeholder":
-        """Calls nothing."""
-        return self
-
-    def __getitem__(self, key: object) -> "Placeholder":
-        return self
-
-    def __setitem__(self, key: object, value: object) -> None:
-        pass
-
-    def __setattr__(self, name: str, value: object) -> None:
-        pass
-
-    def __iter__(self) -> Iterator:
-        return iter(())
-
-    def __len__(self) -> int:
-        return 0
+    name: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -2080,13 +2032,8 @@ def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int |
 
     A Swin keeps the windows of its own size, 224 px or what its name says, at smaller sizes too.
 
-    Args:
-        arch: of timm.
-        img_size: side, or height and width, of the images.
-        patch_size: of a ViT; default: the arch's own.
-        drop_path: rate of stochastic depth.
-        in_chans: channels of the images.
-        global_pool: of a ViT: "avg" for fc_norm(mean of the patch tokens); default: the arch's own.
+    `img_size` is a side, or height and width. `patch_size` and `global_pool` ("avg": fc_norm(mean of the
+    patch tokens)) are of ViTs; default: the arch's own.
 
     Returns:
         the model; its attribute `model_args` holds what timm.create_model needs beside the name to build it
@@ -2184,10 +2131,9 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
         exported = checkpoint_key is None and not (whole and (path / "checkpoint.pth").is_file())
         if exported and (folder / "config.json").is_file():
             try:
-                return _read_exported(folder, flag)
-            except Exception as error:  # entries of config.json that are missing, or of another type
-                reason = f"{type(error).__name__}: {str(error)[:100]}"
-                fail(f"{flag} {folder}: config.json is not timm's ({reason})")
+                return _read_exported(folder)
+            except Exception as error:  # damaged, or entries that are missing or of another type
+                fail(f"{flag} {folder}: not as timm exports ({type(error).__name__}: {str(error)[:100]})")
         path = path / "checkpoint.pth"
     if path.is_file():
         try:
@@ -2205,12 +2151,9 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
     fail(f"{flag} {source}: no such file, output folder or timm model{_close_names(source)}")
 
 
-def _read_exported(folder: Path, flag: str) -> tuple[dict, dict]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        state = safetensors.torch.load_file(folder / "model.safetensors")
-    except Exception as error:
-        fail(f"{flag} {folder}: cannot be read: {error}")
+def _read_exported(folder: Path) -> tuple[dict, dict]:
+    config = json.loads((folder / "config.json").read_text())
+    state = safetensors.torch.load_file(folder / "model.safetensors")
     args, cfg = config.get("model_args", {}), config["pretrained_cfg"]
     height, width = cfg["input_size"][1:]
     return state, {"arch": config["architecture"], "patch_size": args.get("patch_size"), "mean": cfg["mean"],
@@ -2511,6 +2454,12 @@ def distributed(model: nn.Module, process: Process) -> nn.Module:
         return model
     device_ids = [process.device.index] if process.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids)
+
+
+def sync_batchnorm(model: nn.Module, process: Process) -> nn.Module:
+    """BatchNorm over the batches of all processes, on GPUs; on CPUs each normalises its own."""
+    together = process.world_size > 1 and process.device.type == "cuda"
+    return timm.layers.convert_sync_batchnorm(model) if together else model
 
 
 def share_buffers(model: nn.Module, process: Process) -> None:
@@ -2876,9 +2825,12 @@ class Run:
             return batch.to(self.process.device, non_blocking=True)
         return [part.to(self.process.device, non_blocking=True) for part in batch]
 
-    def is_complete(self) -> bool:
-        """True after all steps; not after --max_steps of them, nor after a signal."""
-        return not self.stopped and self.stop_step == self.total_steps
+    def has_result(self) -> bool:
+        """True after all steps; after --max_steps of them, or a signal, says that the run can be resumed."""
+        complete = not self.stopped and self.stop_step == self.total_steps
+        if self.process.is_main and not complete:
+            print(f"no result before the last step; the same command resumes: {self.out}")
+        return complete
 
     def is_due(self, step: int) -> bool:
         """True where the log gets a line after `step`: time for figures and pictures that cost something."""

@@ -51,7 +51,6 @@ from functools import partial
 from itertools import groupby
 
 import numpy as np
-import timm.layers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -559,9 +558,8 @@ def train(args: argparse.Namespace, process: Process) -> None:
     dino_loss = DINOLoss(args.out_dim, args.student_temp).to(process.device)
     init = common.init_backbone(student.backbone, args, run.saved)
     teacher.load_state_dict(student.state_dict())
-    student, teacher = (common.to_device(network, process.device) for network in (student, teacher))
-    if process.world_size > 1 and process.device.type == "cuda":
-        student, teacher = (timm.layers.convert_sync_batchnorm(network) for network in (student, teacher))
+    student, teacher = (common.sync_batchnorm(common.to_device(network, process.device), process)
+                        for network in (student, teacher))
     optimizer, scaler = common.build_optimizer(student, args), run.scaler
     run.restore(teacher.backbone, student=student, teacher=teacher, dino_loss=dino_loss, optimizer=optimizer)
     if args.compile:

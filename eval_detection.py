@@ -63,11 +63,11 @@ from PIL import ImageDraw
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
-from tqdm import tqdm
 
 import common
+import eval_segmentation
 from common import Process, not_negative, positive
-from eval_knn import add_weights_flags, append_result, build, load_saved, prepare, print_rows, weights_digest
+from eval_knn import add_result, add_weights_flags, build, load_saved, prepare, print_rows, weights_digest
 from eval_segmentation import NOT_FINITE, STRIDES, Pyramid, check_mode, folder_name, rescale, stem
 
 SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
@@ -666,14 +666,12 @@ def learning_rate(step: int, run: common.Run, args: argparse.Namespace) -> float
 
 
 def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, report: str,
-          args: argparse.Namespace, process: Process) -> common.Run:
-    """Trains a detector on images of pixels of `dtype`; returns the run, which may have been stopped."""
+          args: argparse.Namespace, process: Process) -> tuple[bool, bool]:
+    """Trains a detector on images of pixels of `dtype`; is there a result, was it stopped?"""
     dataset = BoxWindows(samples, args.img_size, args.mean, args.boxes == "oriented", args.seed, dtype,
                          args.bands)
     run = common.Run(args, process, samples=len(dataset), images=len(samples))
-    if process.world_size > 1 and process.device.type == "cuda":
-        detector = timm.layers.convert_sync_batchnorm(detector)
-    common.to_device(detector, process.device)
+    detector = common.sync_batchnorm(common.to_device(detector, process.device), process)
     # BatchNorm of the backbone keeps its statistics, except those that an untrained one still has to find.
     detector.train()
     detector.pyramid.train(args.finetune and args.weights == ["random"])
@@ -703,7 +701,7 @@ def train(detector: Detector, samples: Sequence[Sample], dtype: torch.dtype, rep
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
     common.share_buffers(detector, process)
-    return run
+    return run.has_result(), run.stopped
 
 
 # --------------------------------------------------------------------------------------------------
@@ -744,19 +742,10 @@ def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process
 
 def detect_all(detector: nn.Module, samples: common.Samples, args: argparse.Namespace,
                process: Process) -> Iterator[tuple[int, Found]]:
-    """Yields number and boxes of this process's share of the images; fails where over 1 % are unreadable."""
+    """Yields number and boxes of this process's share of the images."""
     detector.eval()
-    mine, lost = range(process.rank, len(samples), process.world_size), torch.tensor(0)
-    for i in tqdm(mine, "images", leave=False, disable=None if process.is_main else True):
-        try:
-            yield i, detect(detector, samples[i], args, process)
-        except common.UnreadableImageError as error:
-            print(f"warning: unreadable, left out: {common.one_line(error)}", file=sys.stderr)
-            lost += 1
-    if process.world_size > 1:
-        dist.all_reduce(lost, group=process.cpu_group)
-    if lost > 0.01 * len(samples):
-        common.fail(f"{lost} of {len(samples)} images are unreadable, more than 1 %", code=1)
+    for i, image in eval_segmentation.read_share(samples.__getitem__, len(samples), process):
+        yield i, detect(detector, image, args, process)
 
 
 def match(iou: np.ndarray, difficult: np.ndarray, threshold: float) -> np.ndarray:
@@ -887,7 +876,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
 
 def compare(args: argparse.Namespace, process: Process) -> None:
     """Trains and evaluates a detector on each of --weights, and writes the results."""
-    out, lines, versions = common.make_output_dir(args.output_dir, process), [], common.versions()
+    out, lines = common.make_output_dir(args.output_dir, process), []
     parts = common.from_main(process, lambda: [find_part(args, "train"), find_part(args, "val", "test")])
     common.check_there(process, parts[0].paths, args.data_path)
     backbones = prepare(args, process, parts[0].paths, baselines=("random",))
@@ -906,46 +895,29 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     while detectors:  # a network leaves the device with its turn
         detector, own, backbone = detectors.pop(0)
         began = time.perf_counter()
-        run = train(detector, train_samples, backbone.dtype, backbone.report, own, process)
-        complete, stopped = run.is_complete(), run.stopped
-        del run  # which holds the optimizer
+        complete, stopped = train(detector, train_samples, backbone.dtype, backbone.report, own, process)
+        if stopped:
+            return
         if not complete:
-            if process.is_main:
-                print(f"no result before the last step; the same command resumes: {own.output_dir}")
-            if stopped:
-                return
             continue
         if process.is_main:
-            save_detector(detector, classes, backbone.dtype, own)
+            eval_segmentation.save_trained("detector.pth", detector, SAVED_FLAGS, own, classes=classes,
+                                           is_uint8=backbone.dtype == torch.uint8)
         pixels = backbone.images(test_samples.paths)
-        found = {}
-        for part in common.gather_objects(dict(detect_all(detector, pixels, own, process)), process):
-            found |= part
+        parts_found = common.gather_objects(list(detect_all(detector, pixels, own, process)), process)
         if not process.is_main:
             continue
-        found = dict(sorted(found.items()))
+        found = dict(sorted(itertools.chain(*parts_found)))
         draw_examples(found, test_samples, pixels, own)
-        lines.append({"task": "detection", "weights": own.weights[0], "data": args.data_path,
-                      "split": f"train/{parts[1].name}", "train_images": len(train_samples),
-                      "test_images": len(found),
-                      **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]},
-                      **evaluate(found, test_samples, classes, own.boxes == "oriented"),
-                      "loading": backbone.report,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
-        append_result(out, lines[-1])
+        add_result({"task": "detection", "weights": own.weights[0], "data": args.data_path,
+                    "split": f"train/{parts[1].name}", "train_images": len(train_samples),
+                    "test_images": len(found),
+                    **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]},
+                    **evaluate(found, test_samples, classes, own.boxes == "oriented"),
+                    "loading": backbone.report}, began, lines, out, process)
     if process.is_main and lines:
         print_table(lines)
         print("\n".join(map(json.dumps, lines)), flush=True)
-
-
-def save_detector(detector: Detector, classes: list[str], dtype: torch.dtype,
-                  args: argparse.Namespace) -> None:
-    """Writes detector.pth and backbone/, which --predict takes."""
-    out, settings = Path(args.output_dir), {name: getattr(args, name) for name in SAVED_FLAGS}
-    common.export_backbone(detector.pyramid.backbone, out / "backbone", args.mean, args.std)
-    saved = {"head": detector.head.state_dict(), "classes": classes, "args": settings,
-             "is_uint8": dtype == torch.uint8}
-    common.write_atomically(out / "detector.pth", partial(torch.save, saved))
 
 
 def print_table(lines: list[dict]) -> None:

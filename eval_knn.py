@@ -151,14 +151,8 @@ def draw_share(labels: Tensor, share: float, *key: int | str, names: Sequence[st
     """True for about `share` of the images of each class, at least one of two: labels N or N x C -> N.
 
     The rarest class draws first, and what it has decided on an image stays; images without a class draw as
-    one. Of one label each, a smaller share is a part of a larger.
-
-    Args:
-        labels: class numbers, or 0 and 1 for each class.
-        share: from 0 to 1.
-        key: the draws come from it and the class.
-        names: of the classes; default: their numbers.
-        may_be_all: a class of one image is drawn; else no class is drawn whole.
+    one. Of one label each, a smaller share is a part of a larger. The draws come from `key` and the class, by
+    `names` or its number. `may_be_all`: a class of one image is drawn; else no class is drawn whole.
     """
     if labels.ndim == 1:
         members = [(labels == c).nonzero().flatten() for c in range(int(labels.max()) + 1)]
@@ -224,15 +218,11 @@ def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Pa
 
 def load_split_once(args: argparse.Namespace, process: Process) -> tuple[Labelled, Labelled, list[str], str]:
     """As load_split by `args`: the main process reads, the others check that their files are there."""
-
-    def read() -> tuple:
-        try:
-            return load_split(args.data_path, args.val_fraction, args.split_seed, Path(args.output_dir),
-                              args.bands)
-        except PermissionError as error:
-            common.fail(f"--data_path {error.filename}: cannot be read: {error.strerror}")
-
-    found = common.from_main(process, read)
+    try:
+        found = common.from_main(process, lambda: load_split(
+            args.data_path, args.val_fraction, args.split_seed, Path(args.output_dir), args.bands))
+    except PermissionError as error:
+        common.fail(f"--data_path {error.filename}: cannot be read: {error.strerror}")
     common.check_there(process, found[0].paths, args.data_path)
     if found[2] and found[1].labels.ndim == 2 and not found[1].labels.any():
         common.fail(f"--data_path {args.data_path}: no test image has a label")
@@ -350,12 +340,7 @@ class Backbone:
 
 
 class CenterCrops(torch.utils.data.Dataset):
-    """Images for a backbone, the shorter side resized to 256/224 of its size, then cut to it at the centre.
-
-    Args:
-        paths: of the images.
-        backbone: whose size, mean, std, bands and type of pixels they get.
-    """
+    """Images for a backbone, the shorter side resized to 256/224 of its size, then cut at the centre."""
 
     def __init__(self, paths: Sequence[str], backbone: Backbone):
         self.images, self.img_size = backbone.images(paths), backbone.img_size
@@ -365,10 +350,7 @@ class CenterCrops(torch.utils.data.Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
-        """Returns the normalised crop C x img_size x img_size, `index`, and what is wrong.
-
-        Of an unreadable image that is a crop of zeros, -1, and the reason.
-        """
+        """Returns the normalised crop C x img_size x img_size, `index`, ""; unreadable: zeros, -1, why."""
         try:
             crop = self.crop(self.images[index])
         except common.UnreadableImageError as error:
@@ -548,20 +530,12 @@ def extract_features(backbone: Backbone, dataset: torch.utils.data.Dataset, args
 
 def knn_predict(train: Tensor, labels: Tensor, test: Tensor, ks: list[int], temperature: float,
                 chunk_elements: int = 2**24) -> Tensor:
-    """Predicted classes by weighted vote, for all k from one top-k.
+    """Predicted classes by weighted vote, for all k from one top-k: M x len(ks), in the order of `ks`.
 
-    Args:
-        train: N x D features of unit length.
-        labels: N class numbers, or N x C of 0 and 1.
-        test: M x D features of unit length.
-        ks: numbers of neighbours.
-        temperature: tau; a vote weighs exp(cosine / tau), here divided by that of the nearest neighbour: the
-            same vote, without overflow, and a small tau leaves the nearest its weight.
-        chunk_elements: similarities held at once; bounds the memory.
-
-    Returns:
-        M x len(ks) class numbers, in the order of `ks`; of N x C labels M x len(ks) x C, the share of the
-        vote that each class has.
+    `train` N x D and `test` M x D are features of unit length, `labels` N class numbers; or N x C of 0 and 1,
+    which give M x len(ks) x C, the share of the vote that each class has. A vote weighs exp(cosine / tau),
+    tau being `temperature`, here divided by that of the nearest neighbour: the same vote, without overflow,
+    and a small tau leaves the nearest its weight. `chunk_elements`: similarities held at once.
     """
     multi_label, ascending = labels.ndim == 2, sorted(set(ks))
     C, predictions = labels.shape[1] if multi_label else int(labels.max()) + 1, []
@@ -600,15 +574,10 @@ def average_precision(scores: Tensor, positive: Tensor) -> float:
 
 def multi_label_figures(scores: Tensor, labels: Tensor,
                         threshold: float = 0.5) -> tuple[dict[str, float], list[float | None]]:
-    """Pooled over all images, in percent: average precision over all answers and as the mean over classes.
+    """Average precision and F1 of scores M x C and labels M x C of 0 and 1, in percent.
 
-    Args:
-        scores: M x C.
-        labels: M x C of 0 and 1.
-        threshold: F1 takes scores above it for a yes.
-
-    Returns:
-        micro_ap; macro_ap, over the classes with an image; micro_f1; and the average precision of each class.
+    Returns micro_ap, over all answers, macro_ap, over the classes with an image, micro_f1, of scores above
+    `threshold`; and the average precision of each class.
     """
     if not labels.any():
         common.fail("--data_path: no test image has a label")
@@ -710,13 +679,8 @@ def vote(x: Tensor, labels: Tensor, N: int, classes: list[str], args: argparse.N
          process: Process) -> dict:
     """Figures in percent for each k, and with --per_class those of each class at the first k.
 
-    Args:
-        x: features of unit length, of N training images, then of the test images.
-        labels: class numbers, or 0 and 1 for each class, of all of them.
-        N: training images.
-        classes: their names.
-        args: nb_knn, temperature, per_class.
-        process: has a share of the test images.
+    `x`, of unit length, and `labels`, class numbers or 0 and 1 for each class, are of N training images, then
+    of the test images, which the processes share out.
     """
     ks = choose_ks(args.nb_knn, N, "training images that are readable")
     own, truth = x[N:].tensor_split(process.world_size)[process.rank], labels[N:]
@@ -785,10 +749,12 @@ def load_saved(folder: Path, name: str) -> Iterator[dict]:
         common.fail(f"--weights {folder}: {name}: not as a run of this script leaves it: {reason[:300]}")
 
 
-def append_result(out: Path, line: dict) -> None:
-    """Adds a line to results.jsonl in `out`, once it is measured: a later failure loses none."""
-    with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
-        file.write(json.dumps(line) + "\n")
+def add_result(line: dict, began: float, lines: list[dict], out: Path, process: Process) -> None:
+    """Adds a line, with its seconds, to `lines` and to results.jsonl in `out`: a later failure loses none."""
+    lines.append(line | {"seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
+    if process.is_main:
+        with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
 
 
 def print_table(lines: list[dict], classes: list[str]) -> None:
@@ -850,22 +816,19 @@ def main() -> None:
     check_patches(backbones)
     both = Labelled(common.Paths.of([*train.paths, *test.paths]), torch.cat([train.labels, test.labels]))
 
-    lines, versions = [], common.versions()
+    lines = []
     for name, backbone in zip(args.weights, backbones, strict=True):
         began = time.perf_counter()
         if process.is_main:
             print(backbone.report, flush=True)
         suffix = re.sub(r"[^A-Za-z0-9.-]+", "_", f"_{len(lines) + 1}_{name[-60:]}") * (len(backbones) > 1)
         result = evaluate(backbone, both, len(train), classes, args, process, suffix)
-        lines.append({"task": "knn" if classes else "label-free", "weights": name,
-                      "checkpoint_key": args.checkpoint_key,
-                      "arch": backbone.arch, "patch_size": args.patch_size, "data": args.data_path,
-                      "split": split, "in_chans": args.in_chans, "bands": args.bands,
-                      "img_size": backbone.img_size, "temperature": args.temperature,
-                      "amp": args.amp, "seed": args.seed, "loading": backbone.report, **result,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
-        if process.is_main:
-            append_result(out, lines[-1])
+        add_result({"task": "knn" if classes else "label-free", "weights": name,
+                    "checkpoint_key": args.checkpoint_key, "arch": backbone.arch,
+                    "patch_size": args.patch_size, "data": args.data_path, "split": split,
+                    "in_chans": args.in_chans, "bands": args.bands, "img_size": backbone.img_size,
+                    "temperature": args.temperature, "amp": args.amp, "seed": args.seed,
+                    "loading": backbone.report, **result}, began, lines, out, process)
     if process.is_main:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)), flush=True)

@@ -211,13 +211,9 @@ class CropsOfPass(CenterCrops):
 
 
 class FinetuneImages(torch.utils.data.Dataset):
-    """A random crop, with RandAugment or not, and its label or labels; drawn from (seed, epoch, index) alone.
+    """A random crop and its label or labels, drawn from (seed, epoch, index) alone.
 
-    Args:
-        train: paths and labels.
-        backbone: whose size, bands and type of pixels they get.
-        rand_augment: strength of RandAugment's two operations, from 0 (none) to 10.
-        seed: of the run.
+    `rand_augment`: strength of RandAugment's two operations, from 0 (none) to 10.
     """
 
     def __init__(self, train: Labelled, backbone: Backbone, rand_augment: float, seed: int):
@@ -263,13 +259,7 @@ def erase_and_mix(images: Tensor, targets: Tensor, C: int, args: argparse.Namesp
 
 
 class LastBlocks(nn.Module):
-    """Class tokens of a ViT's last blocks, each after the final norm, and the mean patch token; side by side.
-
-    Args:
-        vit: timm's, with a class token.
-        n_last_blocks: how many.
-        avgpool: add the mean patch token of the last.
-    """
+    """Normed class tokens of a timm ViT's last blocks, side by side; with avgpool the mean patch too."""
 
     def __init__(self, vit: VisionTransformer, n_last_blocks: int, avgpool: bool):
         super().__init__()
@@ -320,17 +310,9 @@ def train_heads(features_at: Callable[[int], Tensor], labels: Tensor, index: Ten
                 lrs: Sequence[float], args: argparse.Namespace) -> tuple[Tensor, Tensor]:
     """Trains a linear head for each learning rate, all on the same batches; SGD, momentum .9, no decay.
 
-    Args:
-        features_at: epoch -> N x D features.
-        labels: N classes, or N x C of 0 and 1.
-        index: numbers of the images to train on.
-        C: classes.
-        lrs: L learning rates, at a batch of 256.
-        args: epochs; batch_size; schedule, the epochs at which the rate falls to a tenth, or None for a
-            cosine to 0; seed, of the initial weights and of the order.
-
-    Returns:
-        weights L x C x D and biases L x C.
+    `features_at`: epoch -> N x D; `labels`: N, or N x C of 0 and 1; `index`: the images to train on; `lrs`: L
+    rates at a batch of 256, each a tenth after the epochs of --schedule, or without it a cosine to 0.
+    Returns weights L x C x D and biases L x C.
     """
     D, L = features_at(0).shape[1], len(lrs)
     initial = 0.01 * torch.randn(C, D, generator=common.generator(args.seed, "head"))
@@ -421,10 +403,8 @@ def save_confusion(path: Path, confusion: Tensor, classes: list[str]) -> None:
 class TrainingFeatures:
     """Features of the training images: of centre crops, and of the crops that heads learn from in each epoch.
 
-    Attributes:
-        x: N x D, of centre crops, on the device; image statistics are standardised.
-        index: N, numbers of the images, which are readable.
-        labels: N or N x C, on the device.
+    `x`, N x D of centre crops (image statistics standardised), and `labels` are of the readable images, whose
+    numbers are `index`.
     """
 
     def __init__(self, backbone: Backbone, train: Labelled, args: argparse.Namespace, process: Process):
@@ -487,9 +467,7 @@ def probe(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str
           process: Process) -> list[tuple[dict, Tensor, Tensor, tuple[Tensor, Tensor]]]:
     """Trains heads on frozen features, for each --train_fraction, and looks at the test images once.
 
-    Returns:
-        of each fraction: results, logits M x C and labels of the test images, weight C x D and bias C of the
-        head.
+    Returns of each: results, logits M x C and labels of the test images, weight C x D and bias C of the head.
     """
     C, shares = len(classes), [fraction_of(train, share, classes, args) for share in args.train_fraction]
     features = TrainingFeatures(backbone, train, args, process)
@@ -530,9 +508,7 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
     run = common.Run(args, process, samples=len(train), images=len(train), free_flags=FREE_FLAGS)
 
     # Network
-    model = common.to_device(backbone.model, process.device).train()
-    if process.world_size > 1 and process.device.type == "cuda":
-        model = timm.layers.convert_sync_batchnorm(model)
+    model = common.sync_batchnorm(common.to_device(backbone.model, process.device), process).train()
     optimizer, scaler = timm.optim.create_optimizer_v2(
         model, opt="momentum" if args.optimizer == "sgd" else args.optimizer, lr=args.lr, momentum=0.9,
         weight_decay=args.weight_decay, layer_decay=args.layer_decay), run.scaler
@@ -571,17 +547,14 @@ def finetune(backbone: Backbone, train: Labelled, C: int, args: argparse.Namespa
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
     common.share_buffers(model, process)
-    if process.is_main and run.stop_step < run.total_steps:
-        print(f"no result before the last step; the same command resumes: {run.out}")
-    return run.is_complete()
+    return run.has_result()
 
 
 def run_finetune(backbone: Backbone, train: Labelled, test: Labelled, classes: list[str],
                  args: argparse.Namespace, process: Process) -> list[tuple]:
     """Gives the backbone a head, trains both, looks at the test images once, takes the head off again.
 
-    Returns:
-        a list of what `probe` returns; an empty one when it was stopped before the end.
+    Returns what `probe` does; an empty list when it was stopped before the end.
     """
     C, train = len(classes), train.part(fraction_of(train, args.train_fraction[0], classes, args))
     model = backbone.model
@@ -698,7 +671,7 @@ def compare(args: argparse.Namespace, process: Process, out: Path) -> None:
     backbones = eval_knn.prepare(args, process, train.paths, args.drop_path)
     eval_knn.check_patches(backbones)
 
-    lines, versions, task = [], common.versions(), f"linear, {args.protocol}"
+    lines, task = [], f"linear, {args.protocol}"
     # Of the free flags these may change figures a little.
     free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps", "compile"}
     free |= {"weights", "checkpoint_key", "arch", "img_size", "in_chans", "bands", "split_seed", "seed",
@@ -728,14 +701,11 @@ def compare(args: argparse.Namespace, process: Process, out: Path) -> None:
                 if labels.ndim == 1:
                     confusion = confusion_matrix(labels, logits.argmax(1), len(classes))
                     save_confusion(out / "confusion.png", confusion, classes)
-            lines.append({"task": task, "weights": name, "checkpoint_key": args.checkpoint_key,
-                          "arch": backbone.arch, "data": args.data_path, "split": split,
-                          "in_chans": args.in_chans, "bands": args.bands, "img_size": backbone.img_size,
-                          "seed": args.seed, "settings": settings,
-                          "loading": backbone.report, **result, **figures,
-                          "seconds": round(time.perf_counter() - began, 1), "versions": versions})
-            if process.is_main:
-                eval_knn.append_result(out, lines[-1])
+            eval_knn.add_result(
+                {"task": task, "weights": name, "checkpoint_key": args.checkpoint_key, "arch": backbone.arch,
+                 "data": args.data_path, "split": split, "in_chans": args.in_chans, "bands": args.bands,
+                 "img_size": backbone.img_size, "seed": args.seed, "settings": settings,
+                 "loading": backbone.report, **result, **figures}, began, lines, out, process)
     if process.is_main and lines:  # none of a fine-tuning that was stopped
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)))
@@ -748,10 +718,7 @@ def main() -> None:
     process = common.init_process(args.device)
     common.choose_attention(args.amp, process.device)
     out = common.make_output_dir(args.output_dir, process)
-    if args.predict:
-        predict(args, process, out)
-    else:
-        compare(args, process, out)
+    (predict if args.predict else compare)(args, process, out)
     process.leave()
 
 

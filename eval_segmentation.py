@@ -47,7 +47,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -58,18 +58,18 @@ import tifffile
 import timm.layers
 import timm.optim
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
+from torchvision.ops import Conv2dNormActivation as conv
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 import common
 from common import Process, not_negative, number, positive, unit
-from eval_knn import add_weights_flags, append_result, build, load_saved, prepare, print_rows, weights_digest
+from eval_knn import add_result, add_weights_flags, build, load_saved, prepare, print_rows, weights_digest
 
 STRIDES, POOLS = (4, 8, 16, 32), (1, 2, 3, 6)  # of the maps; sides that UPerNet pools to
 IGNORE, UNKNOWN = 255, 254  # in masks of class numbers: what does not count, what no class has
@@ -302,9 +302,8 @@ class Files(Sequence):
     def __len__(self) -> int:
         return len(self.kinds[0])
 
-    def __getitem__(self, index: int | slice) -> "tuple[str, ...] | Files":
-        own = [paths[index] for paths in self.kinds]
-        return Files(own) if isinstance(index, slice) else tuple(own)
+    def __getitem__(self, index: int) -> tuple[str, ...]:
+        return tuple(paths[index] for paths in self.kinds)
 
 
 def match_files(root: Path, parts: Sequence[str], args: argparse.Namespace) -> Files:
@@ -557,12 +556,6 @@ class LinearHead(nn.Module):
         return [sum(bilinear(level(x), size) for level, x in zip(self.levels, maps, strict=True))]
 
 
-def conv(c_in: int, c_out: int, kernel: int) -> nn.Sequential:
-    """Convolution, BatchNorm, ReLU."""
-    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, padding=kernel // 2, bias=False),
-                         nn.BatchNorm2d(c_out), nn.ReLU())
-
-
 def rescale(channels: int, stride: int, target: int) -> nn.Module:
     """Brings a map from `stride` to `target`, by the nearest power of 2."""
     power, layers = round(math.log2(stride / target)), []
@@ -672,14 +665,12 @@ def build_optimizer(model: Segmenter, args: argparse.Namespace) -> torch.optim.O
 
 
 def train(model: Segmenter, data: Data, report: str, args: argparse.Namespace,
-          process: Process) -> common.Run:
-    """Trains the head, with --finetune the backbone too; returns the run, which may have been stopped."""
+          process: Process) -> tuple[bool, bool]:
+    """Trains the head, with --finetune the backbone too; is there a result, was it stopped?"""
     # Data, networks: resumed or new. A frozen backbone stays in eval mode; it has no gradient.
     dataset = CropDataset(data, args.img_size, args.seed)
     run = common.Run(args, process, samples=len(dataset), images=len(data.train))
-    if process.world_size > 1 and process.device.type == "cuda":
-        model = timm.layers.convert_sync_batchnorm(model)
-    common.to_device(model, process.device)
+    model = common.sync_batchnorm(common.to_device(model, process.device), process)
     optimizer, scaler = build_optimizer(model, args), run.scaler
     run.restore(None, model=model, optimizer=optimizer)
     model.train()
@@ -718,7 +709,7 @@ def train(model: Segmenter, data: Data, report: str, args: argparse.Namespace,
         run.end_step(step, {**common.mean_terms(terms), "grad_norm": grad_norm}, lr=lr)
 
     common.share_buffers(model, process)
-    return run
+    return run.has_result(), run.stopped
 
 
 # --------------------------------------------------------------------------------------------------
@@ -803,34 +794,43 @@ def figures(confusion: Tensor, scores: Tensor, change: bool) -> dict[str, float 
     return dict(zip(result, percent, strict=False)) | {"class_iou": percent[len(result) :]}
 
 
+def read_share(read: Callable[[int], object], count: int, process: Process) -> Iterator[tuple[int, object]]:
+    """Yields i and `read(i)` of this process's share of the images; fails where over 1 % are unreadable."""
+    lost = 0
+    for i in tqdm(range(process.rank, count, process.world_size), "images", leave=False,
+                  disable=None if process.is_main else True):
+        try:
+            image = read(i)
+        except common.UnreadableImageError as error:
+            print(f"warning: unreadable, left out: {common.one_line(error)}", file=sys.stderr)
+            lost += 1
+        else:
+            yield i, image
+    lost = sum(common.gather_objects(lost, process))
+    if lost > 0.01 * count:
+        common.fail(f"{lost} of {count} images are unreadable, more than 1 %", code=1)
+
+
 def segment(model: Segmenter, files: Files, samples: common.Samples, classes: Classes | None,
             args: argparse.Namespace, process: Process) -> Iterator[tuple]:
     """Yields paths, image, mask, class numbers and scores (see decide) of this process's share of `files`.
 
-    With `classes` the last of the files is the mask. Fails where more than 1 % of all files are unreadable.
+    With `classes` the last of the files is the mask.
     """
+
+    def read(i: int) -> tuple:
+        *paths, mask = files[i] if classes else (*files[i], None)
+        return paths, read_dates(paths, samples), mask and read_mask(mask, classes)
+
     model.eval()
-    mine, lost = files[process.rank :: process.world_size], torch.tensor(0)
-    for sample in tqdm(mine, "images", leave=False, disable=None if process.is_main else True):
-        paths = sample[:-1] if classes else sample
-        try:
-            image = read_dates(paths, samples)
-            mask = read_mask(sample[-1], classes) if classes else None
-        except common.UnreadableImageError as error:
-            print(f"warning: unreadable, left out: {common.one_line(error)}", file=sys.stderr)
-            lost += 1
-            continue
+    for _, (paths, image, mask) in read_share(read, len(files), process):
         logits = window_logits(model, image, args, process.device)
         yield paths, image, mask, *decide(logits, *image.shape[2:])
-    if process.world_size > 1:
-        dist.all_reduce(lost, group=process.cpu_group)
-    if lost > 0.01 * len(files):
-        common.fail(f"{lost} of {len(files)} images are unreadable, more than 1 %", code=1)
 
 
 def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Process) -> dict:
     """Figures over all test images; writes examples.png: date(s), truth, prediction."""
-    n_classes, rows, done = len(data.classes.names), [], torch.tensor(0)
+    n_classes, rows, done = len(data.classes.names), [], 0
     confusion = torch.zeros(n_classes, n_classes, dtype=torch.long)
     scores = torch.zeros(2, BINS, dtype=torch.long)
     colours = torch.zeros(256, 3)  # IGNORE: black
@@ -847,12 +847,11 @@ def evaluate(model: Segmenter, data: Data, args: argparse.Namespace, process: Pr
             top, left = (max(0, length - 512) // 2 for length in mask.shape)
             rows.append([view[:, top : top + 512, left : left + 512] for view in views])
         done += 1
-    if process.world_size > 1:
-        for total in (confusion, scores, done):
-            dist.all_reduce(total, group=process.cpu_group)
+    parts = common.gather_objects((confusion, scores, done), process)
+    confusion, scores, done = map(sum, zip(*parts, strict=True))
     if process.is_main and rows:
         common.save_grid(Path(args.output_dir) / "examples.png", rows)
-    return figures(confusion, scores, model.K == 1) | {"test_images": int(done)}
+    return figures(confusion, scores, model.K == 1) | {"test_images": done}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -930,7 +929,6 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     backbones = prepare(args, process, images, args.drop_path, baselines=("random", "pixels"))
     pixels = backbones[0].images(images)
     data = common.from_main(process, partial(load_data, files, split, change, pixels, args))
-    versions = common.versions()
     K, prepared, lines = 1 if change else len(data.classes.names), [], []
     for name, backbone in zip(args.weights, backbones, strict=True):
         own = argparse.Namespace(**vars(args))
@@ -945,39 +943,34 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     while prepared:  # a network leaves the device with its turn
         own, pyramid, report = prepared.pop(0)
         began, model = time.perf_counter(), Segmenter(pyramid, K, own)
-        run = train(model, data, report, own, process)
-        complete, stopped = run.is_complete(), run.stopped
-        del run  # which holds the optimizer
+        complete, stopped = train(model, data, report, own, process)
+        if stopped:
+            return
         if not complete:
-            if process.is_main:
-                print(f"no result before the last step; the same command resumes: {own.output_dir}")
-            if stopped:
-                return
             continue
         if process.is_main:
-            save_segmenter(own, data, model)
+            known = [data.classes.names, data.classes.values, data.classes.colours, data.classes.ignored]
+            save_trained("segmenter.pth", model, SAVED_FLAGS, own, classes=known, K=K,
+                         is_uint8=pixels.dtype == torch.uint8)
         result = evaluate(model, data, own, process)
-        lines.append({"task": "change" if K == 1 else "segmentation", "weights": own.weights[0],
-                      "data": args.data_path, "split": data.split, "train_images": len(data.train),
-                      **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]}, "loading": report,
-                      "classes": data.classes.names, "ignored": data.classes.ignored, **result,
-                      "seconds": round(time.perf_counter() - began, 1), "versions": versions})
-        if process.is_main:
-            append_result(out, lines[-1])
+        add_result({"task": "change" if K == 1 else "segmentation", "weights": own.weights[0],
+                    "data": args.data_path, "split": data.split, "train_images": len(data.train),
+                    **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]}, "loading": report,
+                    "classes": data.classes.names, "ignored": data.classes.ignored, **result},
+                   began, lines, out, process)
     if process.is_main and lines:
         print_table(lines)
         print("\n".join(map(json.dumps, lines)), flush=True)
 
 
-def save_segmenter(args: argparse.Namespace, data: Data, model: Segmenter) -> None:
-    """Writes segmenter.pth and backbone/, which --predict takes."""
-    out, backbone, classes = Path(args.output_dir), model.pyramid.backbone, data.classes
+def save_trained(name: str, model: nn.Module, flags: Sequence[str], args: argparse.Namespace,
+                 **more: object) -> None:
+    """Writes OUT/`name`, with the head, `flags` of args and `more`, and backbone/: what --predict takes."""
+    out, backbone = Path(args.output_dir), model.pyramid.backbone
     if backbone:
         common.export_backbone(backbone, out / "backbone", args.mean, args.std)
-    saved = {"head": model.head.state_dict(), "args": {name: getattr(args, name) for name in SAVED_FLAGS},
-             "classes": [classes.names, classes.values, classes.colours, classes.ignored], "K": model.K,
-             "is_uint8": data.pixels.dtype == torch.uint8}
-    common.write_atomically(out / "segmenter.pth", partial(torch.save, saved))
+    saved = {"head": model.head.state_dict(), "args": {flag: getattr(args, flag) for flag in flags}, **more}
+    common.write_atomically(out / name, partial(torch.save, saved))
 
 
 def print_table(lines: list[dict]) -> None:

@@ -748,11 +748,9 @@ def test_a_hostile_file_through_the_reader_of_weights(tmp_path, monkeypatch, cap
 
 def test_a_placeholder_is_harmless():
     it = common.Placeholder("os.system")
-    it.name = it["a"] = 3
-    assert it("touch executed") is it[0] is it and it.name == "os.system" and it in {it}
-    assert list(it) == [] and not it and "os.system" in repr(it)
+    assert not callable(it) and it in {it} and "os.system" in repr(it)
     with pytest.raises(AttributeError):
-        it.__array__  # noqa: B018
+        it.name = "os.popen"
 
 
 # ------------------------------------------------------------------ damage
