@@ -84,6 +84,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--nb_knn", type=positive(int), nargs="+", help="k; DINO-MC's authors took 5 10 15 20; default: 10 "
         "20 100 200, those up to N")
     add("--temperature", type=positive(float), default=0.07, help="tau; lower: the nearest count more")
+    add("--whiten", type=positive(int), help="whiten the features, over the training images, to so many "
+        "principal directions; shows what a cosine hardly sees because it varies little")
     add("--per_class", action=yes_no, default=False, help="add the figure of each class at the first k")
 
     add = parser.add_argument_group("run").add_argument
@@ -602,6 +604,16 @@ def effective_rank(features: Tensor) -> float:
     return math.exp(-(share * share.log()).sum())
 
 
+def whiten(x: Tensor, N: int, count: int) -> Tensor:
+    """Features x D in their first `count` principal directions, of mean 0 and variance 1 over the first N."""
+    x = (x - x[:N].mean(0)).double()
+    variance, directions = torch.linalg.eigh(x[:N].T @ x[:N] / N)  # ascending
+    rank = int((variance > 1e-10 * variance[-1]).sum())
+    if count > rank:
+        common.fail(f"--whiten {count}: the features of {N} training images vary in {rank} directions")
+    return (x @ (directions[:, -count:] / variance[-count:].sqrt())).float()
+
+
 def nearest(x: Tensor, queries: list[int], N: int) -> list[list[int]]:
     """Of each query its number, then those of the eight among the first N nearest to it, itself left out.
 
@@ -723,7 +735,7 @@ def evaluate(backbone: Backbone, both: Labelled, N: int, classes: list[str], arg
         some = x[torch.arange(min(N, RANK_IMAGES)) * N // min(N, RANK_IMAGES)]
         result |= {"effective_rank": round(effective_rank(some), 2),
                    "feature_std": round(common.feature_std(some).item(), 4)}
-    x = F.normalize(x, dim=1)
+    x = F.normalize(whiten(x, N, args.whiten) if args.whiten else x, dim=1)
     if classes:
         result = vote(x, labels[index], N, classes, args, process) | result
     if process.is_main:
@@ -827,8 +839,8 @@ def main() -> None:
                     "checkpoint_key": args.checkpoint_key, "arch": backbone.arch,
                     "patch_size": args.patch_size, "data": args.data_path, "split": split,
                     "in_chans": args.in_chans, "bands": args.bands, "img_size": backbone.img_size,
-                    "temperature": args.temperature, "amp": args.amp, "seed": args.seed,
-                    "loading": backbone.report, **result}, began, lines, out, process)
+                    "temperature": args.temperature, "whiten": args.whiten, "amp": args.amp,
+                    "seed": args.seed, "loading": backbone.report, **result}, began, lines, out, process)
     if process.is_main:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)), flush=True)

@@ -396,6 +396,36 @@ def test_effective_rank_and_its_extremes():
     assert eval_knn.effective_rank(torch.ones(50, 8)) == pytest.approx(1, abs=1e-3)
 
 
+def test_whitened_features_have_variance_1_in_principal_directions():
+    x = features(60, 6).double() * torch.tensor([9, 5, 3, 1, 0.5, 0.1]) + 7
+    white = eval_knn.whiten(x.float(), 40, 3).double()
+    torch.testing.assert_close(white[:40].mean(0), torch.zeros(3).double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(white[:40].T @ white[:40] / 40, torch.eye(3).double(), atol=1e-4, rtol=0)
+    centred = (x - x[:40].mean(0)).numpy()
+    _, lengths, directions = np.linalg.svd(centred[:40])
+    expected = torch.from_numpy(centred @ directions[:3].T / lengths[:3] * 40**0.5)
+    for own, other in zip(white.flip(1).T, expected.T, strict=True):  # up to signs
+        torch.testing.assert_close(own * (own @ other).sign(), other, atol=1e-4, rtol=1e-4)
+
+
+def test_whitening_finds_classes_in_a_direction_that_varies_little(run, scenes, tmp_path, capsys):
+    N, draws = 200, torch.Generator().manual_seed(0)
+    labels = torch.arange(2 * N) % 2
+    x = torch.randn(2 * N, 4, generator=draws) * 5 + 20
+    x[:, 0] = labels * 0.2 + 0.01 * torch.randn(2 * N, generator=draws)
+    found = []
+    for y in (x, eval_knn.whiten(x, N, 4)):
+        y = F.normalize(y, dim=1)
+        found.append((eval_knn.knn_predict(y[:N], labels[:N], y[N:], [5], 0.07)[:, 0] == labels[N:]).float())
+    assert found[0].mean() < 0.7 and found[1].mean() > 0.95
+    flags = ["--data_path", scenes, "--weights", "image_stats", "--nb_knn", 1, "--output_dir", tmp_path]
+    run("eval_knn", *flags, "--whiten", 2)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["whiten"] == 2
+    with pytest.raises(SystemExit):
+        run("eval_knn", *flags, "--whiten", 7)
+    assert "--whiten 7: the features of " in capsys.readouterr().err
+
+
 def test_neighbours_are_the_nearest_and_not_the_image_itself():
     x = features(20, 5)
     rows = eval_knn.nearest(x, [0, 7, 15], 12)  # the last one is no candidate
