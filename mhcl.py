@@ -94,7 +94,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--moco_dim", type=positive(int), default=128, help="C, width of queries and keys; seldom changed")
     add("--moco_k", type=positive(int), default=65536, help="K. We recommend at most half the number of "
         "images: with a queue of half an epoch, one query in eight meets an older key of its own image as a "
-        "negative; with one of a whole epoch, one in two")
+        "negative; with one of a whole epoch, one in two. In runs of minutes some 8 batches: the encoder "
+        "moves fast, and older keys are told by their age")
     add("--moco_m", type=unit(float), default=0.99, help="momentum of the key encoder; we recommend .999 for "
         "long runs of MoCo")
     add("--moco_t", type=positive(float), default=0.2, help="tau; .07 for MoCo v1; the lower, the more the "
