@@ -776,7 +776,8 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
     for name, ks in tables:
         print(f"\nkNN {FIGURES[name]} in %, {lines[0]['train_images']} training and "
               f"{lines[0]['test_images']} test images, {len(classes)} classes"
-              + f" (chance {100 / len(classes):.1f} %)" * (name == "top1"))
+              + f" (chance {100 / len(classes):.1f} %)" * (name == "top1")
+              + (f", whitened to {lines[0]['whiten']} directions" if lines[0]["whiten"] else ""))
         print(" " * width + "".join(f"{'k ' + k:>9}" for k in ks))
         for line in lines:
             print(f"{line['weights']:{width}}" + "".join(f"{line[name][k]:9.2f}" for k in ks))

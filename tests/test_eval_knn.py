@@ -420,7 +420,8 @@ def test_whitening_finds_classes_in_a_direction_that_varies_little(run, scenes, 
     assert found[0].mean() < 0.7 and found[1].mean() > 0.95
     flags = ["--data_path", scenes, "--weights", "image_stats", "--nb_knn", 1, "--output_dir", tmp_path]
     run("eval_knn", *flags, "--whiten", 2)
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["whiten"] == 2
+    out = capsys.readouterr().out
+    assert ", whitened to 2 directions\n" in out and json.loads(out.splitlines()[-1])["whiten"] == 2
     with pytest.raises(SystemExit):
         run("eval_knn", *flags, "--whiten", 7)
     assert "--whiten 7: the features of " in capsys.readouterr().err
