@@ -92,7 +92,7 @@ TOO_LITTLE = {  # what errors of Python and PyTorch say, and what helps
 }
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP", "SIGINT")
                 if hasattr(signal, name)]  # Windows lacks two
-# Flags of the training scripts that may change between a run and its continuation: those that do not define
+# Flags of the training scripts that may change where a run is resumed: those that do not define
 # the method. (Batch, accumulation and processes may change, their product, the effective batch, has to stay.)
 FREE_FLAGS = {"data_path", "num_workers", "init", "checkpoint_key", "allow_partial", "batch_size_per_gpu",
               "accum_steps", "output_dir", "device", "amp", "compile", "save_every", "save_minutes",
@@ -854,7 +854,7 @@ def read_image(path: str | Path, in_chans: int = 3, bands: Sequence[int | str] |
 
 def read_masked(path: str | Path, in_chans: int = 3, bands: Sequence[int | str] | None = None,
                 window: tuple[int, int, int, int] | None = None) -> tuple[np.ndarray, np.ndarray | None]:
-    """What read_image reads before it fills: H x W x in_chans, and where it is valid (H x W; None: all)."""
+    """What read_image reads before it fills: H x W x in_chans, and where that is valid (H x W, or None)."""
     with _in_words(path):
         part = window and (slice(window[0], window[0] + window[2]), slice(window[1], window[1] + window[3]))
         if is_named(bands):
@@ -1113,7 +1113,7 @@ def _open_tiff(file: BinaryIO) -> _Raster:
 
 
 def _where_declared(numbers: np.ndarray, text: str | None) -> np.ndarray | None:
-    # False where the numbers are the value that a TIFF declares as no data; None: nowhere.
+    # False where the numbers are the value that a TIFF declares as no data, or None if it declares none.
     if text is None:
         return None
     try:
@@ -1519,7 +1519,7 @@ class StepSampler(torch.utils.data.Sampler):
     """Batches of (epoch, index) for one process, from any optimizer step to any later one, across epochs.
 
     Each epoch is one permutation drawn from (seed, epoch), cut into steps of the effective batch; the rest is
-    dropped. Each micro-batch of each process is a slice of the step. So a resumed run continues where it
+    dropped. Each micro-batch of each process is a slice of the step. So a run resumes where it
     stopped, and a worker needs no state. Memory: one permutation, 8 bytes per image.
     """
 
@@ -2660,7 +2660,7 @@ class Run:
         process: this one.
         samples: of an epoch.
         images: files that they are made from; more than 1 % of them unreadable ends the run.
-        free_flags: flags that may differ between a run and its continuation.
+        free_flags: flags that may change where a run is resumed.
 
     Attributes:
         effective_batch: samples of an optimizer step, over micro-batches and processes.
@@ -2731,7 +2731,7 @@ class Run:
         """Fills `stateful` from the earlier checkpoint, if there is one; checkpoints will hold their states.
 
         Args:
-            backbone: exported to OUT/backbone with each checkpoint; None: nothing is.
+            backbone: exported to OUT/backbone with each checkpoint, if there is one.
             stateful: networks, optimizer and losses by the names they have in the checkpoint.
         """
         self.backbone, self.stateful = backbone, {**stateful, "scaler": self.scaler}

@@ -876,7 +876,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
 
 def compare(args: argparse.Namespace, process: Process) -> None:
     """Trains and evaluates a detector on each of --weights, and writes the results."""
-    out, lines = common.make_output_dir(args.output_dir, process), []
+    out, lines, versions = common.make_output_dir(args.output_dir, process), [], common.versions()
     parts = common.from_main(process, lambda: [find_part(args, "train"), find_part(args, "val", "test")])
     common.check_there(process, parts[0].paths, args.data_path)
     backbones = prepare(args, process, parts[0].paths, baselines=("random",))
@@ -914,7 +914,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
                     "test_images": len(found),
                     **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]},
                     **evaluate(found, test_samples, classes, own.boxes == "oriented"),
-                    "loading": backbone.report}, began, lines, out, process)
+                    "loading": backbone.report, "versions": versions}, began, lines, out, process)
     if process.is_main and lines:
         print_table(lines)
         print("\n".join(map(json.dumps, lines)), flush=True)

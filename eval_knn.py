@@ -763,7 +763,7 @@ def load_saved(folder: Path, name: str) -> Iterator[dict]:
 
 def add_result(line: dict, began: float, lines: list[dict], out: Path, process: Process) -> None:
     """Adds a line, with its seconds, to `lines` and to results.jsonl in `out`: a later failure loses none."""
-    lines.append(line | {"seconds": round(time.perf_counter() - began, 1), "versions": common.versions()})
+    lines.append(line | {"seconds": round(time.perf_counter() - began, 1)})
     if process.is_main:
         with common.writing(out / "results.jsonl"), open(out / "results.jsonl", "a") as file:
             file.write(json.dumps(lines[-1]) + "\n")
@@ -777,7 +777,7 @@ def print_table(lines: list[dict], classes: list[str]) -> None:
         print(f"\nkNN {FIGURES[name]} in %, {lines[0]['train_images']} training and "
               f"{lines[0]['test_images']} test images, {len(classes)} classes"
               + f" (chance {100 / len(classes):.1f} %)" * (name == "top1")
-              + (f", whitened to {lines[0]['whiten']} directions" if lines[0]["whiten"] else ""))
+              + f", whitened to {lines[0]['whiten']} directions" * bool(lines[0]["whiten"]))
         print(" " * width + "".join(f"{'k ' + k:>9}" for k in ks))
         for line in lines:
             print(f"{line['weights']:{width}}" + "".join(f"{line[name][k]:9.2f}" for k in ks))
@@ -829,7 +829,7 @@ def main() -> None:
     check_patches(backbones)
     both = Labelled(common.Paths.of([*train.paths, *test.paths]), torch.cat([train.labels, test.labels]))
 
-    lines = []
+    lines, versions = [], common.versions()
     for name, backbone in zip(args.weights, backbones, strict=True):
         began = time.perf_counter()
         if process.is_main:
@@ -841,7 +841,8 @@ def main() -> None:
                     "patch_size": args.patch_size, "data": args.data_path, "split": split,
                     "in_chans": args.in_chans, "bands": args.bands, "img_size": backbone.img_size,
                     "temperature": args.temperature, "whiten": args.whiten, "amp": args.amp,
-                    "seed": args.seed, "loading": backbone.report, **result}, began, lines, out, process)
+                    "seed": args.seed, "loading": backbone.report, **result, "versions": versions},
+                   began, lines, out, process)
     if process.is_main:
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)), flush=True)

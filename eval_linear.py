@@ -671,7 +671,7 @@ def compare(args: argparse.Namespace, process: Process, out: Path) -> None:
     backbones = eval_knn.prepare(args, process, train.paths, args.drop_path)
     eval_knn.check_patches(backbones)
 
-    lines, task = [], f"linear, {args.protocol}"
+    lines, versions, task = [], common.versions(), f"linear, {args.protocol}"
     # Of the free flags these may change figures a little.
     free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps", "compile"}
     free |= {"weights", "checkpoint_key", "arch", "img_size", "in_chans", "bands", "split_seed", "seed",
@@ -705,7 +705,8 @@ def compare(args: argparse.Namespace, process: Process, out: Path) -> None:
                 {"task": task, "weights": name, "checkpoint_key": args.checkpoint_key, "arch": backbone.arch,
                  "data": args.data_path, "split": split, "in_chans": args.in_chans, "bands": args.bands,
                  "img_size": backbone.img_size, "seed": args.seed, "settings": settings,
-                 "loading": backbone.report, **result, **figures}, began, lines, out, process)
+                 "loading": backbone.report, **result, **figures, "versions": versions},
+                began, lines, out, process)
     if process.is_main and lines:  # none of a fine-tuning that was stopped
         print_table(lines, classes)
         print("\n".join(map(json.dumps, lines)))

@@ -929,6 +929,7 @@ def compare(args: argparse.Namespace, process: Process) -> None:
     backbones = prepare(args, process, images, args.drop_path, baselines=("random", "pixels"))
     pixels = backbones[0].images(images)
     data = common.from_main(process, partial(load_data, files, split, change, pixels, args))
+    versions = common.versions()
     K, prepared, lines = 1 if change else len(data.classes.names), [], []
     for name, backbone in zip(args.weights, backbones, strict=True):
         own = argparse.Namespace(**vars(args))
@@ -956,7 +957,8 @@ def compare(args: argparse.Namespace, process: Process) -> None:
         add_result({"task": "change" if K == 1 else "segmentation", "weights": own.weights[0],
                     "data": args.data_path, "split": data.split, "train_images": len(data.train),
                     **{name: getattr(own, name) for name in [*SAVED_FLAGS, *SETTINGS]}, "loading": report,
-                    "classes": data.classes.names, "ignored": data.classes.ignored, **result},
+                    "classes": data.classes.names, "ignored": data.classes.ignored, **result,
+                    "versions": versions},
                    began, lines, out, process)
     if process.is_main and lines:
         print_table(lines)

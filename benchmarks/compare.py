@@ -53,7 +53,7 @@ METHODS = {  # recipe, flags, epochs of a long run
     "mae": (MAE, "", 50),
     "dspt": (MAE, "", 50),
 }
-OTHER = f"{MAE} --epochs 100 --warmup_epochs 10 --batch_size_per_gpu 32"  # where DSPT begins
+OTHER = f"{MAE} --img_size 64 --epochs 100 --warmup_epochs 10 --batch_size_per_gpu 32"  # where DSPT begins
 BASELINES = {
     "colours": "",
     "random_resnet18": "--weights random --arch resnet18",
@@ -99,8 +99,7 @@ def pretrain(name: str, out: Path, args: argparse.Namespace, seed: int) -> None:
     flags, more = flags_of(name, args.budget), ["--seed", seed, "--amp", args.amp]
     if name == "dspt":
         start = out.with_name(out.name.replace("dspt", "other"))
-        run(f"{OTHER} --img_size 64", "--data_path", args.other_path, "--output_dir", start,
-            *more)
+        run(OTHER, "--data_path", args.other_path, "--output_dir", start, *more)
         more += ["--init", start]
     more += ["--data_path", args.data_path / "train", "--output_dir", out]
     if args.budget == "short":

@@ -281,13 +281,14 @@ def test_what_an_untrained_head_says():
     """Probability .01, boxes of about two strides, no angle."""
     args = argparse.Namespace(boxes="oriented", finetune=False, in_chans=3, p2=False, fpn_dim=64,
                               head_convs=2, weights=["x"], seed=0)
+    torch.manual_seed(0)  # of the backbone; the head is drawn from args.seed
     detector = ed.build_detector(common.build_backbone("test_resnet", 64), 2, args).eval()
     images = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
     logits, raw, positions, strides = detector(images)
     assert logits.sigmoid().median().item() == pytest.approx(0.01, rel=0.1)
     boxes = ed.decode(raw[0], positions, strides)
     assert (boxes[:, 2:4] / strides[:, None]).median().item() == pytest.approx(2 * math.exp(0.7), rel=0.05)
-    assert boxes[:, 4].abs().median() < 0.2
+    assert boxes[:, 4].abs().max() < 0.3
     assert detector.head.to_box.bias.tolist() == pytest.approx([0.7] * 4 + [0, 0, 1])
 
 
