@@ -254,7 +254,8 @@ def test_a_value_that_is_not_finite_ends_the_run_at_its_step(tmp_path, capsys, l
 
 
 def test_more_than_one_percent_unreadable_end_the_run(tmp_path, capsys):
-    flags = ["--samples", 200, "--epochs", 2, "--save_every", 2, "--num_workers", 1]
+    flags = ["--samples", 200, "--batch_size_per_gpu", 40, "--epochs", 2, "--save_every", 2]
+    flags += ["--num_workers", 1]
     start(tmp_path, *flags, "--bad", 5, 77)  # 1 % is not more
     warnings = capsys.readouterr().err.splitlines()
     assert sorted(warnings) == [f"warning: unreadable, another image taken: file {i}: bad" for i in (5, 77)]
@@ -284,37 +285,28 @@ def test_more_than_one_percent_unreadable_end_the_run(tmp_path, capsys):
 
 
 def test_collapse_is_warned_about_once(tmp_path, capsys):
-    def low_from(first):
-        return lambda run, step: {"std": torch.tensor(0.04 if step + 1 >= first or step == 2 else 0.05)}
+    def watch(out, std, *flags):
+        """A run without a network whose `std` after each step is given; its warnings of a collapse."""
+        words = ["--output_dir", tmp_path / out, "--device", "cpu", "--samples", 28, "--log_every", 1, *flags]
+        args = toy.get_parser().parse_args([*map(str, words)])
+        run = common.Run(args, ALONE, args.samples, args.samples)
+        run.restore(None)
+        floors = {"std": 0.05, "absent": 1.0}
+        for step in run.steps(run.loader(toy.Noise(args)), floors=floors, advice="Do this."):
+            run.end_step(step, {"std": torch.tensor(std(step + 1))})
+        return [line for line in capsys.readouterr().err.splitlines() if "collapse" in line]
 
-    more = {"floors": {"std": 0.05, "absent": 1.0}, "advice": "Do this."}
-    few = ["--samples", 28, "--save_every", 99]
-    start(tmp_path / "a", *few, "--epochs", 10, "--log_every", 2, more_terms=low_from(20), **more)
-    warnings = capsys.readouterr().err.splitlines()  # of 70 steps
+    def low_from(first):
+        return lambda done: 0.04 if done >= first or done == 3 else 0.05
+
+    warnings = watch("a", low_from(20), "--epochs", 10, "--log_every", 2)  # of 70 steps
     assert len(warnings) == 1 and warnings[0].startswith("warning: std below 0.05 since step 20: collapse")
     assert warnings[0].endswith("Do this.")
-    for first, warned in ((17, True), (18, False)):  # five lines, and more than a tenth of 21 steps
-        start(tmp_path / f"b{first}", *few, more_terms=low_from(first), **more)
-        assert ("collapse" in capsys.readouterr().err) == warned
-    for low, warned in ((8, True), (7, False)):  # a tenth of 70 steps, and more than five lines
-
-        def dip(run, step, low=low):
-            return {"std": torch.tensor(0.04 if step < low else 1.0)}
-
-        start(tmp_path / f"c{low}", *few, "--epochs", 10, more_terms=dip, **more)
-        assert ("collapse" in capsys.readouterr().err) == warned
-    start(
-        tmp_path / "d",
-        "--batch_size_per_gpu",
-        1,
-        "--img_size",
-        64,
-        "--max_steps",
-        12,
-        more_terms=low_from(1),
-        **more,
-    )
-    assert "collapse" not in capsys.readouterr().err  # one image has no spread
+    for first, count in ((17, 1), (18, 0)):  # five lines, and more than a tenth of 21 steps
+        assert len(watch(f"b{first}", low_from(first))) == count
+    for first, count in ((63, 1), (64, 0)):  # a tenth of 70 steps, and more than five lines
+        assert len(watch(f"c{first}", low_from(first), "--epochs", 10)) == count
+    assert not watch("d", low_from(1), "--batch_size_per_gpu", 1)  # one image has no spread
 
 
 def test_backbone_or_log_that_cannot_be_written_end_the_run(tmp_path, capsys):
@@ -440,21 +432,20 @@ def test_compile_without_a_compiler_is_refused_first(tmp_path, capsys, monkeypat
     assert not (tmp_path / "a").exists()
 
 
-def test_checkpoint_of_another_memory_layout_is_resumed(tmp_path, train):
+def test_checkpoint_of_another_memory_layout_is_resumed(tmp_path):
     """On a CPU AdamW's fused kernel takes for granted that parameter and averages have the same."""
-    flags = ["--arch", "test_resnet", "--max_steps"]
-    unbroken = train(tmp_path / "a", *flags, 6)
-    train(tmp_path / "b", *flags, 3)
-    path = tmp_path / "b" / "checkpoint.pth"
+    start(tmp_path / "a", "--optimizer", "adamw", "--max_steps", 6)
+    start(tmp_path / "b", "--optimizer", "adamw", "--max_steps", 3)
+    path, layouts = tmp_path / "b" / "checkpoint.pth", set()
     saved = torch.load(path, weights_only=True)
-    layouts = set()
     for state in saved["optimizer"]["state"].values():
         for name, x in state.items():
-            layouts.add(x.is_contiguous())
-            state[name] = x.contiguous()
-    assert layouts == {True, False}
+            state[name] = x.to(memory_format=torch.channels_last) if x.ndim == 4 else x
+            layouts.add((x.is_contiguous(), state[name].is_contiguous()))
+    assert layouts == {(True, True), (True, False)}
     torch.save(saved, path)
-    assert_same_state(train(tmp_path / "b", *flags, 6), unbroken)
+    start(tmp_path / "b", "--optimizer", "adamw", "--max_steps", 6)
+    assert_same_state(*(common.load_checkpoint(tmp_path / name / "checkpoint.pth") for name in "ab"))
 
 
 @pytest.mark.parametrize("accum_steps", [1, 2])

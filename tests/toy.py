@@ -17,10 +17,11 @@ def get_parser():
         ("lr", number, 0.1),
         ("num_workers", common.not_negative(int), 0),
         ("weight_decay", number, 0.1),
+        ("optimizer", str, "sgd"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--bad", type=int, nargs="*", default=[], help="samples that cannot be read")
-    parser.set_defaults(mean=(0, 0, 0), std=(1, 1, 1), optimizer="sgd")
+    parser.set_defaults(mean=(0, 0, 0), std=(1, 1, 1))
     common.add_run_flags(parser)
     return parser
 
