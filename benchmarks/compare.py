@@ -82,10 +82,10 @@ def run(flags: str, *more: object) -> None:
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def flags_of(name: str, budget: str) -> str:
-    """Script and flags of a method."""
+def flags_of(name: str, budget: str, given: int | None = None) -> str:
+    """Script and flags of a method; `given`: epochs of a long run in place of its own."""
     recipe, flags, epochs = METHODS[name]
-    own = f"--epochs {epochs}" if budget == "long" else ""
+    own = f"--epochs {given or epochs}" if budget == "long" else ""
     return f"{recipe} {flags} --img_size 64 {BUDGETS[budget][recipe]} {own}"
 
 
@@ -96,7 +96,7 @@ def read(path: Path) -> list[dict]:
 
 def pretrain(name: str, out: Path, args: argparse.Namespace, seed: int) -> None:
     """One run, or its rest. A long one keeps its backbone at each fifth and evaluates it by kNN."""
-    flags, more = flags_of(name, args.budget), ["--seed", seed, "--amp", args.amp]
+    flags, more = flags_of(name, args.budget, args.epochs), ["--seed", seed, "--amp", args.amp]
     if name == "dspt":
         start = out.with_name(out.name.replace("dspt", "other"))
         run(OTHER, "--data_path", args.other_path, "--output_dir", start, *more)
@@ -212,6 +212,7 @@ def main() -> None:
     add("--other_path", type=Path, required=True, help="images of another domain, for DSPT")
     add("--output_dir", type=Path, required=True, help="gets a folder for each run")
     add("--budget", choices=list(BUDGETS), default="short", help="about 3 minutes or 40")
+    add("--epochs", type=int, help="of long runs, where a CPU is slower: ours computes bf16")
     add("--methods", choices=[*METHODS, *BASELINES], nargs="+", default=[*METHODS, *BASELINES],
         help="these alone")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="a run with each")
