@@ -36,10 +36,11 @@ Differs from the authors' code:
   so most of their matches are not the nearest positions;
 - both views' keys enter the queue once (theirs: once per process); the centre's mean is over all processes;
 - both views go through the encoders, and their BatchNorm, as one batch; no weight decay on biases and norms;
-- the frequency loss compares mean spectra of a process's micro-batch; the first moving average and tau_b are
-  one step apart from theirs; tau_b warms up for a quarter of the epochs, 50 at most; of ConvNeXt the map is
-  taken before the last norm;
-- colour and noise are made on the device; queue, centre and all draws survive a resume.
+- the mean spectra of the frequency loss are of a process's micro-batch; momentum and tau_b are one
+  step apart from theirs; tau_b warms up for a quarter of the epochs, 50 at most;
+- of ConvNeXt the map is taken before the last norm;
+- workers crop, resize and flip with antialiasing, 8-bit images in uint8; colour and noise follow on the
+  device; queue, centre and all draws survive a resume.
 
 In OUT: checkpoint.pth, backbone/ (the online encoder's, for timm; its BatchNorm has the statistics of masked
 images), log.jsonl, views.png, reconstruction.png.
@@ -113,7 +114,8 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=200, help="length of all schedules; small data needs more")
     add("--batch_size_per_gpu", type=positive(int), default=64, help="images per process and micro-batch")
-    add("--accum_steps", type=positive(int), default=1, help="micro-batches per step, where memory is small")
+    add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step, where memory "
+        "is small")
     add("--optimizer", choices=["adan", "adamw"], default="adan", help="we recommend --lr 5e-4 with adamw")
     add("--lr", type=positive(float), default=1e-3, help="at an effective batch of 64, scaled linearly")
     add("--min_lr", type=not_negative(float), default=1e-6, help="at the end of its cosine; not scaled")

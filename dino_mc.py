@@ -30,8 +30,8 @@ from collapsing. MC gives local crops many sizes; TP takes global views from dif
 Differs from the authors' code:
 - every image is used; `--one_date_per_location` draws one image per folder and epoch (theirs: once per run);
 - TP's three global views follow from the mode; its dates are drawn without replacement where there are three;
-- workers crop, resize and flip in uint8 with antialiasing; colour and blur follow on the device, batch by
-  batch. So in TP they come after the crop, not before, and the blur's sigma counts pixels of the crop;
+- workers crop, resize and flip with antialiasing, 8-bit images in uint8; colour and blur follow on the
+  device. So in TP they come after the crop, not before, and the blur's sigma counts pixels of the crop;
 - colours are computed in floating point, without rounding to 8 bits in between;
 - Swin is timm's, without a second, untrained head; timm resamples ViT positions (bicubic, antialiased);
 - `--drop_path` acts on every backbone that has it, ResNets included (off with 0);
@@ -75,7 +75,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--img_size", type=positive(int), default=224, help="side of the global crops; local ones scale "
         "with it")
     add("--one_date_per_location", action=yes_no, default=False,
-        help="mc, dino: a folder is a place; an epoch takes one of its images, another each time")
+        help="mc, dino: a folder is a place; an epoch takes one of its images at random")
     common.add_pixel_flags(add)
 
     add = parser.add_argument_group("model").add_argument
@@ -129,7 +129,7 @@ def get_parser() -> argparse.ArgumentParser:
         "ResNets")
     add("--lr", type=positive(float), default=5e-4, help="at an effective batch of 256, scaled linearly")
     add("--min_lr", type=not_negative(float), default=1e-6, help="at the end of its cosine; not scaled")
-    add("--warmup_epochs", type=not_negative(float), help="of the learning rate; default: 10, at most a "
+    add("--warmup_epochs", type=not_negative(float), help="of the learning rate; default: 10, but at most a "
         "tenth of --epochs")
     add("--weight_decay", type=not_negative(float), default=0.04, help="at the start, not on biases and "
         "norms; we recommend 1e-4 with sgd, to its end")
@@ -147,8 +147,8 @@ def check_args(args: argparse.Namespace) -> None:
     if args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
     if args.warmup_teacher_temp_epochs > args.epochs:
-        common.fail(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}: must not be more than "
-                    f"--epochs {args.epochs}; 0 for short runs")
+        common.fail(f"--warmup_teacher_temp_epochs {args.warmup_teacher_temp_epochs}: must be at most "
+                    f"--epochs {args.epochs}")
     for name in ("global_crops_scale", "local_crops_scale"):
         low, high = getattr(args, name)
         if not low <= high <= 1:
@@ -309,7 +309,7 @@ def color_views(crops: list[Tensor], views: list[View], args: argparse.Namespace
 
 def draw_views(run: common.Run, groups: list[Tensor], B: int, dtype: torch.dtype) -> None:
     """Writes views.png: a row for each of up to 8 images, all its views as the network sees them."""
-    views = [view[:8] for group in groups for view in group.split(B)]  # V times 8 x 3 x s x s
+    views = [view[:8] for group in groups for view in group.split(B)]  # V times 8 x bands x s x s
     run.draw("views.png", list(zip(*views, strict=True)), dtype)
 
 

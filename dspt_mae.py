@@ -30,7 +30,8 @@ baseline. Read `random_masking`, `MaskedAutoencoder`, `mae_loss` and `train` fir
 
 Differs from the authors' code:
 - for other image sizes fixed positions are computed again, learned ones resampled and kept fixed; the patch
-  projection is resampled, and converted to other channels (TIFF with a page for each band, .npy H x W x C);
+  projection is resampled, and converted to other channels;
+- where images are not square, crops are cut in their proportions, so that nothing is stretched further;
 - workers crop, resize and flip with antialiasing, 8-bit images in uint8;
 - reconstruction.png puts back each patch's mean and variance, which `--norm_pix_loss` takes away;
 - order, crops and masks follow from seed and step: a resumed run repeats the unbroken one.
@@ -85,12 +86,12 @@ def get_parser() -> argparse.ArgumentParser:
         help="share of the patches that the encoder does not see; less is slower, and easier")
     add("--norm_pix_loss", action=yes_no, default=True, help="targets normalised by patch; without: pixels, "
         "for sharper pictures and worse features")
-    add("--decoder_dim", type=positive(int), default=512, help="width of the decoder; one in --init needs "
-        "the same")
+    add("--decoder_dim", type=positive(int), default=512, help="width of the decoder; that of --init is "
+        "taken where it has the same")
     add("--decoder_depth", type=positive(int), default=8, help="blocks of the decoder; we recommend 1 to 4 "
         "for small encoders")
     add("--decoder_heads", type=positive(int), default=16, help="heads of the decoder; a divisor of its "
-        "width")
+        "width; that of --init is taken where it has as many")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive(int), default=1600, help="length of all schedules; we recommend 100 to 400 "
@@ -149,7 +150,9 @@ class CropDataset(torch.utils.data.Dataset):
         epoch, index = key
         torch.default_generator.manual_seed(common.stream_seed(self.seed, "geometry", epoch, index))
         image = self.samples[index]
-        box = RandomResizedCrop.get_params(image, (0.2, 1.0), (3 / 4, 4 / 3))  # top, left, height, width
+        proportion = self.size[1] / self.size[0]
+        ratio = (3 / 4 * proportion, 4 / 3 * proportion)  # width / height
+        box = RandomResizedCrop.get_params(image, (0.2, 1.0), ratio)  # top, left, height, width
         crop = resized_crop(image, *box, self.size, InterpolationMode.BICUBIC)
         return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
@@ -327,8 +330,9 @@ def convert_positions(pos_embed: Tensor, grid: tuple[int, int],
 def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]:
     """Fills encoder and decoder from --init; returns a line on each: loaded, missing, converted.
 
-    Fails where a tensor of the encoder is missing or has another shape; channels, patches and positions are
-    converted. The decoder starts fresh where the file has none, or one of another shape.
+    Fails where a tensor of the encoder is missing or has another shape, unless --allow_partial; channels,
+    patches and positions are converted. The decoder starts fresh where the file has none, or one of another
+    width or, as far as the file tells, of other heads.
     """
     vit = network.backbone
     state, info = common.read_weights(args.init, args.checkpoint_key, "--init", whole=True)
@@ -346,19 +350,19 @@ def load_init(network: MaskedAutoencoder, args: argparse.Namespace) -> list[str]
             old_grid = tuple(side // weight.shape[-1] for side in size) if isinstance(size, tuple) else None
             encoder["pos_embed"], how = convert_positions(pos_embed, vit.patch_embed.grid_size, old_grid)
             words.append(how)
-    if "mean" in info and (list(info["mean"]), list(info["std"])) != (list(args.mean), list(args.std)):
-        mean, std = (" ".join(map(str, info[name])) for name in ("mean", "std"))
-        words.append(f"trained with --mean {mean} --std {std}")
+    words += common.other_pixels(info, args)
     report = common.load_backbone(vit, encoder, f"encoder from --init {args.init}", args.allow_partial)
     lines = ["; ".join([report, *words])]
 
     own = {name: x for name, x in network.state_dict().items() if not name.startswith("backbone.")}
     if not same_patches:
         decoder = {name: x for name, x in decoder.items() if not name.startswith("decoder_pred")}
-    fits = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape}
-    network.load_state_dict(fits, strict=False)
-    report = "decoder: none in the file, starts fresh"
-    if decoder:
+    report, heads = "decoder: none in the file, starts fresh", info.get("decoder_heads")
+    if decoder and heads not in (None, args.decoder_heads):  # tensors of the same shapes, another function
+        report = f"decoder: the file's has {heads} heads, not {args.decoder_heads}, starts fresh"
+    elif decoder:
+        fits = {name: x for name, x in decoder.items() if name in own and x.shape == own[name].shape}
+        network.load_state_dict(fits, strict=False)
         report = common.loading_report("decoder", own, decoder, fits)
         if len(fits) < len(own):
             report += "; what is missing starts fresh"

@@ -38,7 +38,7 @@ Differs from the authors' code:
 - lambda, mu and pi are the same in all processes, drawn by torch from the seed and the step;
 - the learning rate is set step by step, not by epoch, and scaled to the batch (.03 at 256: .015 at 128);
 - the queue need not be a multiple of the batch; no weight decay on biases and norm weights;
-- workers crop, resize and flip in uint8 with antialiasing; colour follows on the device, batch by batch;
+- workers crop, resize and flip with antialiasing, 8-bit images in uint8; colour follows on the device;
 - stage 4 gives the backbone's own pooled features: of Swin and ConvNeXt those after the last norm;
 - one process puts groups of its batch in place of MoCo's GPUs (`Encoder.forward`, `Shuffle`);
 - the queue is saved; order, crops and draws follow from seed and step: a resumed run repeats the unbroken
@@ -264,7 +264,7 @@ class Shuffle:
     Args:
         B: rows of each process.
         seed: of the order, the same in all processes.
-        process: this one.
+        process: its rank, and how many there are.
     """
 
     def __init__(self, B: int, seed: int, process: Process):

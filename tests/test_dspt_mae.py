@@ -174,6 +174,18 @@ def test_crop_is_torchvisions_resized_crop_of_the_drawn_box(tmp_path):
     assert widths.abs().max() >= 58 and 20 < widths.abs().min() < 30  # sqrt(.2 * 3 / 4) * 63 = 24
 
 
+def test_crops_that_are_not_square_are_cut_in_their_proportions(tmp_path):
+    """Across each image the numbers rise by 2 a pixel: the crop's slopes tell how far it is stretched."""
+    x, y = np.meshgrid(np.arange(0, 252, 2, dtype=np.uint8), np.arange(0, 252, 2, dtype=np.uint8))
+    Image.fromarray(np.stack([x, y, y], 2)).save(tmp_path / "ramps.png")
+    dataset = CropDataset(common.Samples([str(tmp_path / "ramps.png")]), (24, 48), 0)
+    crops = torch.stack([dataset[epoch, 0] for epoch in range(100)]).float()
+    across = (crops[:, 0, 12, 36] - crops[:, 0, 12, 12]).abs() / 24  # source pixels for one of the crop
+    down = (crops[:, 1, 18, 24] - crops[:, 1, 6, 24]) / 12
+    stretched = across / down
+    assert 0.7 < stretched.min() < 0.85 and 1.2 < stretched.max() < 1.45, (stretched.min(), stretched.max())
+
+
 # ------------------------------------------------------------------ weights to continue from
 
 
@@ -359,6 +371,18 @@ def test_decoder_of_another_width_starts_fresh(tmp_path):
                          ({"decoder_depth": 2}, "19 of 19 tensors loaded, 0 missing, 12 not used")):
         torch.save(public_layout(small_model(**sizes)), tmp_path / "mae.pth")
         assert init_from(tmp_path / "mae.pth")[1][1].startswith(f"decoder: {words}")
+
+
+def test_decoder_of_other_heads_starts_fresh(mae, tmp_path):
+    """Its tensors have the same shapes."""
+    saved = {"model": mae.state_dict(), "effective_batch": 4, "args": {"arch": "test_vit"}}
+    for heads, words in ((2, "19 of 19 tensors loaded"), (4, "the file's has 4 heads, not 2, starts fresh")):
+        saved["args"]["decoder_heads"] = heads
+        torch.save(saved, tmp_path / "checkpoint.pth")
+        network, lines = init_from(tmp_path / "checkpoint.pth")
+        assert lines[1].startswith(f"decoder: {words}"), lines
+        same = torch.equal(network.decoder_pred.weight, mae.decoder_pred.weight)
+        assert same == (heads == 2)
 
 
 def test_a_file_of_another_architecture_is_refused_in_words(mae, tmp_path, capsys):
