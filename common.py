@@ -1,7 +1,7 @@
 """Small helpers shared by the scripts. None belongs to a method; copy one with the helpers that it calls.
 
 What belongs to a method, and each training loop, stands in its script, even where two or four scripts hold
-the same lines. If you fix one copy (`main`, `gather`, `enqueue`, the heads), fix the others.
+the same lines. If you fix one copy (`main`, `gather`, `process_mean`, the heads), fix the others.
 
 Order: errors, flags, processes and seeds; pixels and data (TIFF and others, any bands); colour on whole
 batches; weight files of anybody; backbones and their weights; optimisation; what a run writes; `Run`. The two
@@ -2123,7 +2123,7 @@ def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--
 
     Returns:
         state dict of the backbone in timm's names, without prefixes; what is known of its arch, patch_size,
-        img_size (a side, or height and width), mean and std of its channels, and global_pool.
+        img_size (a side, or height and width), mean and std of its channels, global_pool, decoder_heads.
     """
     path = Path(source)
     if path.is_dir():
@@ -2174,7 +2174,7 @@ def _read_checkpoint(path: Path, key: str | None, flag: str, whole: bool) -> tup
         fail(f"{flag} {path}: {error}")
     args = checkpoint.get("args") if "effective_batch" in checkpoint else None  # ours, not the authors'
     args = args if isinstance(args, dict) else {}
-    known = ("arch", "patch_size", "img_size", "mean", "std")
+    known = ("arch", "patch_size", "img_size", "mean", "std", "decoder_heads")
     info = {name: args[name] for name in known if args.get(name) is not None}
     if isinstance(info.get("img_size"), list):  # one side, or height and width
         info["img_size"] = tuple(info["img_size"]) if len(set(info["img_size"])) > 1 else info["img_size"][0]
@@ -2355,7 +2355,15 @@ def init_backbone(backbone: nn.Module, args: argparse.Namespace, saved: dict | N
     state, info = read_weights(args.init, args.checkpoint_key, "--init")
     if "pos_embed" in state and isinstance(info.get("img_size"), tuple):  # as many could make a square
         fail(f"--init {args.init}: its positions are of {shape_words(info['img_size'])} px, not of a square")
-    return load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
+    report = load_backbone(backbone, state, f"--init {args.init}", args.allow_partial)
+    return "; ".join([report, *other_pixels(info, args)])
+
+
+def other_pixels(info: dict, args: argparse.Namespace) -> list[str]:
+    """A line where the weights of `info` were trained with another mean and std, else none."""
+    if "mean" not in info or (list(info["mean"]), list(info["std"])) == (list(args.mean), list(args.std)):
+        return []
+    return [f"trained with --mean {plain_decimals(info['mean'])} --std {plain_decimals(info['std'])}"]
 
 
 def export_backbone(backbone: nn.Module, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -2657,7 +2665,7 @@ class Run:
     Args:
         args: flags of add_run_flags, and data_path, batch_size_per_gpu, accum_steps, epochs, num_workers; to
             export a backbone also img_size, mean and std.
-        process: this one.
+        process: its rank, and how many there are.
         samples: of an epoch.
         images: files that they are made from; more than 1 % of them unreadable ends the run.
         free_flags: flags that may change where a run is resumed.
@@ -2710,6 +2718,12 @@ class Run:
     def _find_checkpoint(self, free_flags: set[str]) -> dict | None:
         path = self.out / "checkpoint.pth"
         if not path.exists():
+            own = [os.path.realpath(folder) for folder in (self.out, self.out / "backbone")]
+            for source in [getattr(self.args, "init", None), *getattr(self.args, "weights", ())]:
+                if source and os.path.realpath(source) in own:
+                    fail(f"--output_dir {self.out}: holds {source}, which would be replaced; take another")
+            if (self.out / "head.pth").exists():
+                fail(f"--output_dir {self.out}: holds a linear probe, whose backbone would be replaced")
             return None
         try:
             saved = load_checkpoint(path)
