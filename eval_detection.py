@@ -8,11 +8,11 @@ high-precision bounding box for rotated object detection via Kullback-Leibler di
     python eval_detection.py --data_path demo/data/detection --weights demo/output random --img_size 128 \
         --fpn_dim 64 --head_convs 2 --lr 2e-3 --epochs 40 --batch_size_per_gpu 4 --output_dir BOXES
     # DOTA, one GPU: windows of 1024 px; the second command: the papers' recipe
-    python eval_detection.py --data_path DOTA --weights OUT --output_dir BOXES
-    python eval_detection.py --data_path DOTA --weights OUT --output_dir BOXES --optimizer sgd --lr .005 \
-        --schedule 8 11
+    python eval_detection.py --data_path DOTA --weights OUT --output_dir DETECT
+    python eval_detection.py --data_path DOTA --weights OUT --output_dir DETECT_SGD --optimizer sgd \
+        --lr .005 --schedule 8 11
     # then the boxes of new images
-    python eval_detection.py --predict NEW_IMAGES --weights BOXES --output_dir BOXES
+    python eval_detection.py --predict NEW_IMAGES --weights DETECT --output_dir DETECT
 
 Each position of a pyramid of maps predicts a class, the distances to the four sides of its object's box, and
 the box's angle. No anchors, no special CUDA operators: the figures compare backbones, the best detectors
@@ -30,7 +30,8 @@ get more. Read `assign`, `decode`, `kld_loss` and `detection_loss` first.
 
 DATA_PATH holds train/ and val/ (or test/), each with images/ and labelTxt/ (DOTA: x1 y1 ... x4 y4 class
 difficult) or labels/ (YOLO: class cx cy w h, or class and four corners, in shares of the image); or
-images/train, labels/train. classes.txt names YOLO's numbers. An image without labels has no objects.
+images/train, labels/train. DATA_PATH/classes.txt names YOLO's numbers. An image without labels has no
+objects.
 
 Differs from the authors' code: no scale per level, GIoU or KLD with an angle term instead of rotated IoU
 (KLD has no gradient for the angle of a square), 8 turns and flips, AdamW by default.
@@ -65,14 +66,15 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 import common
+import eval_knn
 import eval_segmentation
 from common import Process, not_negative, positive
 from eval_knn import add_result, add_weights_flags, build, load_saved, prepare, print_rows, weights_digest
-from eval_segmentation import NOT_FINITE, STRIDES, Pyramid, check_mode, folder_name, rescale, stem
+from eval_segmentation import NOT_FINITE, STRIDES, Pyramid, check_folders, folder_name, rescale, stem
 
-SAVED_FLAGS = "img_size in_chans bands boxes arch patch_size p2 fpn_dim head_convs".split()  # with a detector
-SETTINGS = """finetune epochs batch_size_per_gpu accum_steps optimizer lr backbone_lr schedule weight_decay
-    seed amp checkpoint_key allow_partial""".split()  # also in a line of results
+SAVED_FLAGS = "img_size in_chans bands boxes arch p2 fpn_dim head_convs".split()  # with a detector
+SETTINGS = """patch_size finetune epochs batch_size_per_gpu accum_steps optimizer lr backbone_lr schedule
+    weight_decay seed amp checkpoint_key allow_partial""".split()  # also in a line of results
 CLIP_GRAD = 35.0  # greatest norm of the gradient, as in the papers
 SCORE, MOST_BOXES = 0.05, 2000  # boxes of an image that go on to non-maximum suppression: above, at most
 NMS_IOU = {True: 0.1, False: 0.5}  # of oriented boxes, of horizontal ones
@@ -112,7 +114,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("--optimizer", choices=["adamw", "sgd"], default="adamw", help="the papers: sgd")
     add("--lr", type=positive(float), default=1e-3, help="not scaled to the batch; we recommend 2e-3 on "
         "small data; the papers: .005 for two images, with sgd")
-    add("--backbone_lr", type=positive(float), help="default: .3 of --lr; for random weights --lr is better")
+    add("--backbone_lr", type=positive(float), help="default: .3 of --lr, sgd --lr, which is better for "
+        "random weights too")
     add("--schedule", type=positive(int), nargs="+", help="epochs after which the rate is a tenth, 8 11 "
         "in the papers; default: cosine to 0")
     add("--weight_decay", type=not_negative(float), help="not on biases and norms; default: .05, sgd 1e-4")
@@ -123,7 +126,9 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
-    changed = check_mode(args, get_parser())
+    changed = eval_knn.changed_flags(args, get_parser())
+    eval_knn.check_mode(args, changed)
+    check_folders(args.weights)
     if "backbone_lr" in changed and not args.finetune:
         common.fail(f"--backbone_lr {args.backbone_lr}: not with --no-finetune")
     if args.fpn_dim % 32 or args.fpn_dim < 64:  # 32 groups of two channels or more: a map may be one cell
@@ -131,7 +136,7 @@ def check_args(args: argparse.Namespace) -> None:
     if args.schedule and max(args.schedule) >= args.epochs:
         common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be less than --epochs "
                     f"{args.epochs}")
-    args.backbone_lr = args.backbone_lr or 0.3 * args.lr
+    args.backbone_lr = args.backbone_lr or {"adamw": 0.3, "sgd": 1.0}[args.optimizer] * args.lr
     if args.weight_decay is None:
         args.weight_decay = {"adamw": 0.05, "sgd": 1e-4}[args.optimizer]
 
@@ -329,7 +334,7 @@ def read_part(part: Part, args: argparse.Namespace) -> list[tuple]:
             elif parsed:
                 outside.append(f"{file}, line {number}")
         read.append((path, size, objects))
-    alone = [file for file in part.labels.rglob("*.txt") if file not in files and file.name != "classes.txt"]
+    alone = [file for file in part.labels.rglob("*.txt") if file not in files]
     for rows, words in ((outside, "boxes outside their images or without area"), (lost, "unreadable images"),
                         (alone, "labels without an image")):
         if rows:
@@ -343,7 +348,10 @@ def read_part(part: Part, args: argparse.Namespace) -> list[tuple]:
 
 def load_data(parts: list[Part], args: argparse.Namespace) -> tuple[SampleList, SampleList, list[str]]:
     """Training and test images and the classes' names; sets args.boxes if auto."""
+    if parts[0].yolo != parts[1].yolo:
+        common.fail(f"--data_path {args.data_path}: train/ and {parts[1].name}/ have labels in two formats")
     train, test = (read_part(part, args) for part in parts)
+    eval_segmentation.warn_of_small([size for _, size, _ in train], args.img_size)
     named, file = not parts[0].yolo, Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
     found = sorted({name for _, _, objects in train + test for _, name, _ in objects})
     if listed := file.exists():
@@ -740,11 +748,11 @@ def detect(detector: nn.Module, image: Tensor, args: argparse.Namespace, process
     return canonical(boxes[kept]) if oriented else boxes[kept], scores[kept], labels[kept]
 
 
-def detect_all(detector: nn.Module, samples: common.Samples, args: argparse.Namespace,
-               process: Process) -> Iterator[tuple[int, Found]]:
-    """Yields number and boxes of this process's share of the images."""
+def detect_all(detector: nn.Module, samples: common.Samples, args: argparse.Namespace, process: Process,
+               may_lose: float = 0.01) -> Iterator[tuple[int, Found]]:
+    """Yields number and boxes of this process's share of the images; see read_share."""
     detector.eval()
-    for i, image in eval_segmentation.read_share(samples.__getitem__, len(samples), process):
+    for i, image in eval_segmentation.read_share(samples.__getitem__, len(samples), process, may_lose):
         yield i, detect(detector, image, args, process)
 
 
@@ -856,7 +864,7 @@ def predict(args: argparse.Namespace, process: Process) -> None:
     if process.is_main:
         print(backbone.report)
     common.to_device(detector, process.device)
-    for i, (boxes, scores, labels) in detect_all(detector, backbone.images(paths), args, process):
+    for i, (boxes, scores, labels) in detect_all(detector, backbone.images(paths), args, process, may_lose=1):
         lines = []
         for corners, score, label in zip(to_corners(boxes), scores, labels, strict=True):
             numbers = " ".join(f"{x:.1f}" for x in corners.flatten().tolist())

@@ -120,11 +120,31 @@ def add_weights_flags(add: Callable, also: str = "image_stats (mean and std per 
         help="accept weights that leave tensors at their initial values")
 
 
+def changed_flags(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """Names of the flags that are not at their defaults."""
+    return [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
+
+
+def check_mode(args: argparse.Namespace, changed: Sequence[str], also: Sequence[str] = ()) -> None:
+    """For evaluations that train: fails unless they train and test, or predict with few flags `changed`.
+
+    `also`: more flags that --predict takes.
+    """
+    if (args.data_path is None) == (args.predict is None):
+        common.fail("--data_path or --predict: give one of the two")
+    if args.predict and len(args.weights) > 1:
+        common.fail(f"--weights {' '.join(args.weights)}: one at a time with --predict")
+    if args.predict and (other := [name for name in changed if name not in (*PREDICT_FLAGS, *also)]):
+        common.fail(f"--{other[0]}: not with --predict, which keeps to the values of the training")
+    common.check_bands(args, None)
+
+
 # --------------------------------------------------------------------------------------------------
 # Data
 # --------------------------------------------------------------------------------------------------
 
 
+PREDICT_FLAGS = "predict weights num_workers batch_size_per_gpu output_dir device amp".split()
 NB_KNN = [10, 20, 100, 200]  # DINO's k's
 RANK_IMAGES = 25_000  # RankMe's number for the effective rank
 FIGURES = {"top1": "top-1", "micro_ap": "micro AP", "macro_ap": "macro AP", "micro_f1": "micro F1"}
@@ -753,7 +773,8 @@ def evaluate(backbone: Backbone, both: Labelled, N: int, classes: list[str], arg
 def load_saved(folder: Path, name: str) -> Iterator[dict]:
     """What an evaluation that trains left for --predict; what fails under `with` is the file's fault."""
     if not (folder / name).is_file():
-        common.fail(f"--weights {folder}: no {name} in it; give the --output_dir of a run of this script")
+        common.fail(f"--weights {folder}: no {name} in it; give the --output_dir of a run of this script, "
+                    "or, of several --weights, the folder of one in it")
     try:
         yield common.load_checkpoint(folder / name)
     except Exception as error:  # a file may hold anything
@@ -800,13 +821,13 @@ def print_rows(title: str, rows: Sequence[Sequence[str | float | None]]) -> None
 
 
 def print_classes(title: str, lines: list[dict], classes: list[str]) -> None:
-    """The figures of each class, with --per_class: a column for each of the weights."""
-    if "per_class" in lines[0]:
-        print(f"\n{title}")
-        for i, name in enumerate(classes):
-            values = [line["per_class"][i] for line in lines]
-            print(f"  {name:24}" + "".join(f"{'-':>9}" if v is None else f"{v:9.2f}" for v in values))
-    print()
+    """The figures of each class, with --per_class: a column for each of the weights, and their share."""
+    if "per_class" not in lines[0]:
+        return print()
+    shares = [line.get("train_fraction", 1) for line in lines]
+    names = [Path(line["weights"]).name[-18:] + (f" {100 * share:g} %" if share < 1 else "")
+             for line, share in zip(lines, shares, strict=True)]
+    print_rows(title, [["", *names], *zip(classes, *(line["per_class"] for line in lines), strict=True)])
 
 
 def main() -> None:

@@ -4,8 +4,8 @@
     # training images; beside image statistics and untrained weights
     python eval_linear.py --data_path LABELLED --weights OUT image_stats random --output_dir PROBE
     # the papers' way, new crops in each epoch and one learning rate: DINO-MC's, MHCL's
-    python eval_linear.py --data_path LABELLED --weights OUT --output_dir PAPER --protocol paper --lrs .001
-    python eval_linear.py --data_path LABELLED --weights OUT --output_dir PAPER --protocol paper --lrs .1 \
+    python eval_linear.py --data_path LABELLED --weights OUT --output_dir PAPER1 --protocol paper --lrs .001
+    python eval_linear.py --data_path LABELLED --weights OUT --output_dir PAPER2 --protocol paper --lrs .1 \
         --schedule 60 80
     # fine-tuning, on several GPUs
     python -m torch.distributed.run --nproc_per_node 4 eval_linear.py --finetune --data_path LABELLED \
@@ -19,7 +19,6 @@
     C         C              -                           classes
     L         L              lrs                         learning rates tried at once
     B         B              batch_size (256)            images per step of a head, over all processes
-    K         -              augment_passes (0)          augmented crops of each image that a head learns from
 
 Frozen: the backbone is in eval mode, BatchNorm too, and gets no gradient. Its features are computed once, or
 with `--protocol paper` in each epoch from new crops, and heads are trained on them. With several `--lrs` a
@@ -74,9 +73,7 @@ HELD_OUT = 0.2  # of the training images of each class, to choose the learning r
 FINETUNE_FLAGS = (
     "drop_path mixup cutmix smoothing rand_augment erase accum_steps optimizer lr min_lr warmup_epochs "
     "weight_decay layer_decay compile save_every save_minutes log_every max_steps tensorboard").split()
-FROZEN_FLAGS = "protocol augment_passes n_last_blocks lrs schedule batch_size".split()
-EVALUATION_FLAGS = (
-    "finetune avgpool checkpoint_key epochs per_class val_fraction split_seed train_fraction").split()
+FROZEN_FLAGS = "protocol n_last_blocks lrs schedule batch_size".split()
 LRS = [mantissa * 10.0**exponent for exponent in range(-4, 2) for mantissa in (1, 2, 5)]
 
 # --------------------------------------------------------------------------------------------------
@@ -101,8 +98,6 @@ def get_parser() -> argparse.ArgumentParser:
     add("--finetune", action=yes_no, default=False, help="train the backbone too")
     add("--protocol", choices=["cached", "paper"], default="cached", help="features once, or of new random "
         "crops in each epoch, which takes --epochs times as long")
-    add("--augment_passes", type=not_negative(int), default=0, help="K; features of random crops, computed "
-        "once, in turn; 0: centre crops")
     add("--n_last_blocks", type=positive(int), help="class tokens of so many blocks of a ViT; default: 4")
     add("--avgpool", action=yes_no, default=False, help="mean patch token of a ViT; frozen: beside the "
         "class tokens, --finetune: in their place, behind a fresh norm. For MAE")
@@ -144,39 +139,30 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def changed_flags(args: argparse.Namespace) -> dict:
-    """The flags that are not at their defaults."""
+def changed_flags(args: argparse.Namespace) -> list[str]:
+    """Names of the flags that are not at their defaults."""
     parser = get_parser()
     parser.set_defaults(warmup_epochs=common.default_warmup(None, 5, args.epochs))
-    return {name: value for name, value in vars(args).items() if value != parser.get_default(name)}
+    return eval_knn.changed_flags(args, parser)
 
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
     args.warmup_epochs = common.default_warmup(args.warmup_epochs, 5, args.epochs)
-    common.check_bands(args, None)
-    if (args.data_path is None) == (args.predict is None):
-        common.fail("--data_path or --predict: give one of the two")
+    changed = changed_flags(args)
+    eval_knn.check_mode(args, changed, also=("img_size", "in_chans", "bands"))
     if args.schedule and max(args.schedule) >= args.epochs:
         common.fail(f"--schedule {' '.join(map(str, args.schedule))}: must be less than --epochs "
                     f"{args.epochs}")
-    if args.augment_passes and args.protocol == "paper":
-        common.fail(f"--augment_passes {args.augment_passes}: --protocol paper has new crops in each epoch")
-    if (args.finetune or args.predict) and len(args.weights) > 1:
-        common.fail(f"--weights {' '.join(args.weights)}: one at a time with --finetune and --predict")
+    if args.finetune and len(args.weights) > 1:
+        common.fail(f"--weights {' '.join(args.weights)}: one at a time with --finetune")
     if args.finetune and args.weights == ["image_stats"]:
         common.fail("--weights image_stats: has nothing to fine-tune")
     if args.finetune and len(args.train_fraction) > 1:
         common.fail(f"--train_fraction {' '.join(map(str, args.train_fraction))}: one with --finetune")
-    changed = changed_flags(args)
-    useless, when = FINETUNE_FLAGS, "only with --finetune"
-    if args.finetune:
-        useless, when = FROZEN_FLAGS, "not with --finetune"
-    if args.predict:
-        useless, when = [*FINETUNE_FLAGS, *FROZEN_FLAGS, *EVALUATION_FLAGS], "not with --predict"
-    for name in useless:
-        if name in changed:
-            common.fail(f"--{name} {changed[name]}: {when}")
+    for name in changed:
+        if name in (FROZEN_FLAGS if args.finetune else FINETUNE_FLAGS):
+            common.fail(f"--{name}: {'not' if args.finetune else 'only'} with --finetune")
     if args.finetune and args.warmup_epochs >= args.epochs:
         common.fail(f"--warmup_epochs {args.warmup_epochs:g}: must be less than --epochs {args.epochs}")
 
@@ -193,16 +179,16 @@ def random_crop(image: Tensor, img_size: int) -> Tensor:
     return crop.flip(-1) if torch.rand(()) < 0.5 else crop
 
 
-class CropsOfPass(CenterCrops):
-    """As CenterCrops, with random crops, drawn from (seed, number of the pass, index) alone."""
+class CropsOfEpoch(CenterCrops):
+    """As CenterCrops, with random crops, drawn from (seed, epoch, index) alone."""
 
-    def __init__(self, paths: Sequence[str], backbone: Backbone, seed: int, number: int):
+    def __init__(self, paths: Sequence[str], backbone: Backbone, seed: int, epoch: int):
         super().__init__(paths, backbone)
-        self.seed, self.number = seed, number
+        self.seed, self.epoch = seed, epoch
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, str]:
         """Returns the normalised crop, `index` (-1: unreadable), and what is wrong."""
-        torch.default_generator.manual_seed(common.stream_seed(self.seed, "probe", self.number, index))
+        torch.default_generator.manual_seed(common.stream_seed(self.seed, "probe", self.epoch, index))
         return super().__getitem__(index)
 
     def crop(self, image: Tensor) -> Tensor:
@@ -409,9 +395,7 @@ class TrainingFeatures:
 
     def __init__(self, backbone: Backbone, train: Labelled, args: argparse.Namespace, process: Process):
         self.backbone, self.paths, self.args, self.process = backbone, train.paths, args, process
-        # Passes over random crops; 0: heads learn from the centre crops.
-        self.K = args.epochs if args.protocol == "paper" else args.augment_passes
-        self.passes = {}
+        self.of_epoch = None, None  # number of an epoch, and the features of its crops
         x, self.index = extract_features(backbone, CenterCrops(train.paths, backbone), args, process)
         self.center, self.spread = (0, 1)
         if isinstance(backbone.model, ImageStats):
@@ -424,18 +408,15 @@ class TrainingFeatures:
 
     def at(self, epoch: int) -> Tensor:
         """What heads learn from in an epoch, N x D."""
-        if self.K == 0:
+        if self.args.protocol == "cached":
             return self.x
-        number = epoch % self.K
-        if number not in self.passes:
-            if self.args.protocol == "paper":
-                self.passes.clear()  # each serves one epoch
-            crops = CropsOfPass(self.paths, self.backbone, self.args.seed, number)
+        if self.of_epoch[0] != epoch:
+            crops = CropsOfEpoch(self.paths, self.backbone, self.args.seed, epoch)
             x, index = extract_features(self.backbone, crops, self.args, self.process)
             if not torch.equal(index, self.index):
                 common.fail("other images are readable than before", code=1)
-            self.passes[number] = self.standardise(x)
-        return self.passes[number]
+            self.of_epoch = epoch, self.standardise(x)
+        return self.of_epoch[1]
 
 
 def held_out(labels: Tensor, split_seed: int) -> Tensor:
@@ -676,7 +657,7 @@ def compare(args: argparse.Namespace, process: Process, out: Path) -> None:
     free = FREE_FLAGS - {"amp", "batch_size_per_gpu", "accum_steps", "compile"}
     free |= {"weights", "checkpoint_key", "arch", "img_size", "in_chans", "bands", "split_seed", "seed",
              "finetune", "train_fraction"}
-    settings = {name: value for name, value in changed_flags(args).items() if name not in free}
+    settings = {name: getattr(args, name) for name in changed_flags(args) if name not in free}
     kept = next((name for name in args.weights if name != "image_stats"), None)  # whose head is saved
     if args.finetune:  # what a checkpoint has to say of its network
         task, measure, trained, (backbone,) = "finetune", run_finetune, backbones, backbones

@@ -34,9 +34,9 @@ change and two classes there is also the average precision of the last class (ap
 beside its share of the pixels. The same command, with a --data_path of the same train/ and another val/,
 evaluates a finished run there.
 
-In OUT: results.jsonl gets a line for each of the weights; segmenter.pth, backbone/, examples.png (image,
-truth, prediction), log.jsonl and checkpoint.pth; several weights have a folder each. `--predict` writes to
-OUT/predictions.
+In OUT: results.jsonl gets a line for each of the weights, at each start; segmenter.pth, backbone/,
+examples.png (image, truth, prediction), log.jsonl and checkpoint.pth; several weights have a folder each.
+`--predict` writes to OUT/predictions.
 """
 
 import argparse
@@ -68,6 +68,7 @@ from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
 import common
+import eval_knn
 from common import Process, not_negative, number, positive, unit
 from eval_knn import add_result, add_weights_flags, build, load_saved, prepare, print_rows, weights_digest
 
@@ -80,7 +81,6 @@ GEO_TAGS = (33550, 33922, 34264, 34735, 34736, 34737)  # of a GeoTIFF: scale, ti
 SAVED_FLAGS = "arch img_size in_chans bands mean std head head_dim finetune".split()  # with the segmenter
 SETTINGS = """checkpoint_key allow_partial patch_size drop_path epochs batch_size_per_gpu accum_steps lr
     backbone_lr layer_decay weight_decay color_jitter seed amp""".split()  # also in a line of results
-PREDICT_FLAGS = "predict weights num_workers batch_size_per_gpu output_dir device amp".split()
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -114,7 +114,8 @@ def get_parser() -> argparse.ArgumentParser:
         "runs, we recommend .4 for long fine-tuning")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive(int), default=50, help="in each as many crops as fit into an image")
+    add("--epochs", type=positive(int), default=50, help="an epoch draws area / --img_size^2 crops "
+        "of an image, at least one")
     add("--batch_size_per_gpu", type=positive(int), default=8, help="crops, or windows in the evaluation")
     add("--accum_steps", type=positive(int), default=1, help="micro-batches per optimizer step, "
         "where memory is small")
@@ -132,7 +133,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses flags that contradict each other; fills in the default of --lr."""
-    for name in check_mode(args, get_parser()):
+    changed = eval_knn.changed_flags(args, get_parser())
+    eval_knn.check_mode(args, changed)
+    check_folders(args.weights)
+    for name in changed:
         if name in ("backbone_lr", "layer_decay", "drop_path") and not args.finetune:
             common.fail(f"--{name} {getattr(args, name)}: only with --finetune")
         if name == "head_dim" and args.head == "linear":
@@ -142,20 +146,10 @@ def check_args(args: argparse.Namespace) -> None:
     args.lr = args.lr or {"linear": 2e-2, "upernet": 1e-3}[args.head]
 
 
-def check_mode(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
-    """Names of the flags that are not at their defaults; refuses what --predict does not take."""
-    changed = [name for name in vars(args) if getattr(args, name) != parser.get_default(name)]
-    words = " ".join(args.weights)
-    if (args.data_path is None) == (args.predict is None):
-        common.fail("--data_path or --predict: give one of the two")
-    if args.predict and len(args.weights) > 1:
-        common.fail(f"--weights {words}: one at a time with --predict")
-    if len(set(map(folder_name, args.weights))) < len(args.weights):
-        common.fail(f"--weights {words}: two of them would share a folder in --output_dir")
-    if args.predict and (other := [name for name in changed if name not in PREDICT_FLAGS]):
-        common.fail(f"--{other[0]}: not with --predict, which keeps to the values of the training")
-    common.check_bands(args, None)
-    return changed
+def check_folders(weights: list[str]) -> None:
+    """Fails where two of several --weights would have the same folder."""
+    if len(set(map(folder_name, weights))) < len(weights):
+        common.fail(f"--weights {' '.join(weights)}: two of them would share a folder in --output_dir")
 
 
 def folder_name(weights: str) -> str:
@@ -271,7 +265,11 @@ def read_mask(path: str, classes: Classes, part: tuple[slice, slice] = WHOLE) ->
     """A part of the mask as class numbers and IGNORE, uint8 H x W; raises UnreadableImageError."""
     if classes.lut is None:  # change: the largest value of the whole mask counts
         values = read_values(path, in_colour=False)
-        return torch.from_numpy((values > (0 if values.max() == 1 else 127)).astype(np.uint8)[part])
+        most = values.max()
+        if 1 < most < 128 and not path.lower().endswith((".jpg", ".jpeg")):  # whose black is not quite 0
+            raise common.UnreadableImageError(f"{path}: its largest value is {most}: where something changed "
+                                              "there must be values above 127, or 1")
+        return torch.from_numpy((values > (0 if most == 1 else 127)).astype(np.uint8)[part])
     numbers = classes.lut[read_values(path, classes.in_colour, part)]
     if (numbers == UNKNOWN).any():
         raise common.UnreadableImageError(f"{path}: changed: it holds values that no class has")
@@ -325,8 +323,9 @@ def match_files(root: Path, parts: Sequence[str], args: argparse.Namespace) -> F
 
 
 def stem(path: str, root: Path) -> str:
-    """Path below `root` without suffix; of a folder of bands with all its dots."""
+    """Path below `root` without suffix; of a folder of bands with all its dots, of `root` itself its name."""
     below = os.path.relpath(path, root)
+    below = os.path.basename(os.path.abspath(path)) if below == "." else below
     return below if os.path.isdir(path) else os.path.splitext(below)[0]
 
 
@@ -409,10 +408,19 @@ def load_data(files: list[Files], split: str, change: bool, pixels: common.Sampl
         path = next(sample[-1] for sample, own in zip(every, found, strict=True) if unknown[0] in own)
         words = ", ".join(in_words(value, in_colour) for value in unknown[:12])
         common.fail(f"--classes {args.classes}: has no class for value {words}, found in {path}")
+    warn_of_small(sizes[:n], args.img_size)
     changed = [i for i, own in enumerate(found[:n]) if change and 1 in own]
     if change and not changed:
         common.fail(f"--data_path {root}: no training label holds a change")
     return Data(*files, split, classes, np.array(sizes[:n]), np.array(changed, np.int64), pixels)
+
+
+def warn_of_small(sizes: Sequence[tuple[int, int]], img_size: int) -> None:
+    """Warns where most images, of these heights and widths, are smaller than the crops."""
+    median = int(np.median([min(size) for size in sizes]))
+    if median < img_size:
+        print(f"warning: --img_size {img_size}: most images are smaller, so crops are padded, which costs "
+              f"time and adds nothing; {median} is their median side", file=sys.stderr)
 
 
 def pad(images: Tensor, height: int, width: int) -> Tensor:
@@ -447,7 +455,7 @@ def to_crop(image: Tensor, mask: Tensor, scale: float, size: int, turn: int) -> 
 class CropDataset(torch.utils.data.Dataset):
     """Random crops, drawn from (seed, epoch, index) alone; for change half are around a changed pixel.
 
-    An image counts as often as crops of `img_size` fit into it.
+    An image counts as often as its area is that of a crop of `img_size`, rounded, at least once.
     """
 
     def __init__(self, data: Data, img_size: int, seed: int):
@@ -757,8 +765,9 @@ def decide(logits: Tensor, height: int, width: int, rows: int = 64) -> tuple[Ten
         x = bilinear(logits[None, :, above : first + rows + 1], scale_factor=4)[0]
         x = x[:, 4 * (first - above) :][:, : min(4 * rows, height - 4 * first), :width].cpu()
         numbers.append((x[0] > 0 if len(x) == 1 else x.argmax(0)).to(torch.uint8))
-        scores.append(x[-1] if len(x) == 1 else x[-1] - x[0])
-    return torch.cat(numbers), torch.cat(scores) if len(logits) < 3 else None
+        if len(x) < 3:
+            scores.append(x[-1] if len(x) == 1 else x[-1] - x[0])
+    return torch.cat(numbers), torch.cat(scores) if scores else None
 
 
 def count_pixels(truth: Tensor, predicted: Tensor, score: Tensor | None, confusion: Tensor,
@@ -794,8 +803,12 @@ def figures(confusion: Tensor, scores: Tensor, change: bool) -> dict[str, float 
     return dict(zip(result, percent, strict=False)) | {"class_iou": percent[len(result) :]}
 
 
-def read_share(read: Callable[[int], object], count: int, process: Process) -> Iterator[tuple[int, object]]:
-    """Yields i and `read(i)` of this process's share of the images; fails where over 1 % are unreadable."""
+def read_share(read: Callable[[int], object], count: int, process: Process,
+               may_lose: float = 0.01) -> Iterator[tuple[int, object]]:
+    """Yields i and `read(i)` of this process's share of the images.
+
+    Fails where more than the share `may_lose` of all are unreadable, or all are.
+    """
     lost = 0
     for i in tqdm(range(process.rank, count, process.world_size), "images", leave=False,
                   disable=None if process.is_main else True):
@@ -807,15 +820,16 @@ def read_share(read: Callable[[int], object], count: int, process: Process) -> I
         else:
             yield i, image
     lost = sum(common.gather_objects(lost, process))
-    if lost > 0.01 * count:
-        common.fail(f"{lost} of {count} images are unreadable, more than 1 %", code=1)
+    if lost > may_lose * count or lost == count:
+        share = f", more than {100 * may_lose:g} %" if may_lose < 1 else ""
+        common.fail(f"{lost} of {count} images are unreadable{share}", code=1)
 
 
 def segment(model: Segmenter, files: Files, samples: common.Samples, classes: Classes | None,
             args: argparse.Namespace, process: Process) -> Iterator[tuple]:
     """Yields paths, image, mask, class numbers and scores (see decide) of this process's share of `files`.
 
-    With `classes` the last of the files is the mask.
+    With `classes` the last of the files is the mask; without, any number of files may be unreadable.
     """
 
     def read(i: int) -> tuple:
@@ -823,7 +837,7 @@ def segment(model: Segmenter, files: Files, samples: common.Samples, classes: Cl
         return paths, read_dates(paths, samples), mask and read_mask(mask, classes)
 
     model.eval()
-    for _, (paths, image, mask) in read_share(read, len(files), process):
+    for _, (paths, image, mask) in read_share(read, len(files), process, 0.01 if classes else 1.0):
         logits = window_logits(model, image, args, process.device)
         yield paths, image, mask, *decide(logits, *image.shape[2:])
 

@@ -317,6 +317,9 @@ def test_rates_of_head_and_backbone_and_the_schedules():
     args = ed.get_parser().parse_args([*flags, "--epochs", "10", "--schedule", "5", "8"])
     ed.check_args(args)
     assert args.backbone_lr == pytest.approx(0.006) and args.weight_decay == 0.05
+    papers = ed.get_parser().parse_args([*flags, "--optimizer", "sgd"])
+    ed.check_args(papers)
+    assert papers.backbone_lr == papers.lr == 0.02 and papers.weight_decay == 1e-4
     args.boxes = "oriented"
     args.in_chans = 3
     detector = ed.build_detector(common.build_backbone("test_vit", 64), 2, args)
@@ -798,7 +801,8 @@ def write_labels(root, train, val, yolo=False, size=(64, 64)):
 
 
 def load(root):
-    args = argparse.Namespace(data_path=str(root), output_dir=None, in_chans=3, bands=None, boxes="auto")
+    args = argparse.Namespace(data_path=str(root), output_dir=None, in_chans=3, bands=None, boxes="auto",
+                              img_size=64)
     parts = [ed.find_part(args, "train"), ed.find_part(args, "val", "test")]
     return *ed.load_data(parts, args), args.boxes
 
@@ -939,6 +943,14 @@ def test_unreadable_images_are_left_out_up_to_one_percent(tmp_path, capsys):
         os.link(tmp_path / "train/images/b.png", tmp_path / f"train/images/b{i}.png")
     assert len(load(tmp_path)[0]) == 100
     assert "warning: 1 unreadable images, left out" in capsys.readouterr().err
+
+
+def test_labels_in_two_formats_are_refused(tmp_path, capsys):
+    write_labels(tmp_path, GOOD, "0 .5 .5 .2 .4\n")
+    (tmp_path / "val/labelTxt").rename(tmp_path / "val/labels")
+    with pytest.raises(SystemExit):
+        load(tmp_path)
+    assert "train/ and val/ have labels in two formats" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import assert_same, assert_same_state, warm_cosine
+from conftest import assert_same, assert_same_state, tiny, warm_cosine
 from PIL import Image
 from test_eval_knn import PIXELS, write_multi_label, write_tiles
 
@@ -231,24 +231,23 @@ def test_head_of_the_chosen_rate_is_trained_on_all_images(scenes):
     assert_same([W[0], b[0]], [weight, bias])
 
 
-@pytest.mark.parametrize("flags, passes", [(["--protocol", "paper"], 5), (["--augment_passes", "2"], 2),
-                                           ([], 0)])
-def test_augmented_features_are_those_of_new_crops(scenes, monkeypatch, flags, passes):
+@pytest.mark.parametrize("flags, epochs", [(["--protocol", "paper"], 5), ([], 0)])
+def test_the_papers_protocol_has_new_crops_in_each_epoch(scenes, monkeypatch, flags, epochs):
     seen = []
     extract = eval_linear.extract_features
 
     def count(backbone, dataset, *more):
-        seen.append(getattr(dataset, "number", None))
+        seen.append(getattr(dataset, "epoch", None))
         return extract(backbone, dataset, *more)
 
     monkeypatch.setattr(eval_linear, "extract_features", count)
     probe(scenes, resnet(), "--lrs", "1", *flags)
-    assert seen == [None, None, *range(passes)]
+    assert seen == [None, None, *range(epochs)]
 
 
-def test_crops_of_a_pass_are_repeatable(scenes):
+def test_crops_of_an_epoch_are_repeatable(scenes):
     train = eval_knn.load_split(str(scenes), 0.2, 0)[0]
-    one, same, other = (eval_linear.CropsOfPass(train.paths, backbone_of(None), 0, i) for i in (1, 1, 2))
+    one, same, other = (eval_linear.CropsOfEpoch(train.paths, backbone_of(None), 0, i) for i in (1, 1, 2))
     (a, index, message), (b, _, _), (c, _, _) = one[7], same[7], other[7]
     assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.max() < 3
     assert index == 7 and message == ""
@@ -436,6 +435,25 @@ def test_layer_decay_lowers_the_rate_of_early_layers(run, scenes, tmp_path):
     for group in groups:
         assert group["lr"] == pytest.approx(last * group["lr_scale"])
         assert group["weight_decay"] in (0.0, 0.05)
+
+
+@pytest.mark.parametrize("source, file, words", [
+    ("own", "x", "holds OUT, which would be replaced"), ("backbone", "x", "which would be replaced"),
+    ("random", "head.pth", "holds a linear probe, whose backbone would be replaced")])
+def test_a_run_replaces_no_weights_of_others(run, scenes, tmp_path, capsys, source, file, words):
+    out = tmp_path / "out"
+    common.export_backbone(resnet(), out / "backbone", (0.5,) * 3, (0.5,) * 3)
+    (out / file).touch()
+    name = {"own": out, "backbone": out / "backbone"}.get(source, source)
+    before = (out / "backbone" / "model.safetensors").read_bytes()
+    scripts = ["eval_linear"] if source == "random" else ["eval_linear", "mhcl"]
+    for script in scripts:
+        flags = FINETUNE if script == "eval_linear" else tiny(script)
+        flags = [*flags, "--weights" if script == "eval_linear" else "--init", name]
+        with pytest.raises(SystemExit):
+            run(script, *flags_of(scenes, out, *flags))
+        assert words.replace("OUT", str(out)) in capsys.readouterr().err
+    assert (out / "backbone" / "model.safetensors").read_bytes() == before
 
 
 def test_finetuning_with_changed_flags_is_refused_but_for_those_that_make_no_result(run, scenes, tmp_path,

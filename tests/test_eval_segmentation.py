@@ -360,6 +360,12 @@ def test_change_labels(tmp_path, label, changed):
     save(tmp_path / "y.png", np.array(label, np.uint8)[..., None].repeat(3, 2))
     for name in ("x.png", "y.png"):
         assert es.read_mask(str(tmp_path / name), es.CHANGE).tolist() == changed
+    for most in (2, 127):  # coded in another way; of a JPEG black that is not quite 0
+        for name in ("z.png", "z.jpg"):
+            save(tmp_path / name, np.full((8, 8), most, np.uint8))
+        with pytest.raises(common.UnreadableImageError, match=f"its largest value is {most}: where"):
+            es.read_mask(str(tmp_path / "z.png"), es.CHANGE)
+        assert not es.read_mask(str(tmp_path / "z.jpg"), es.CHANGE).any()
 
 
 def test_without_a_file_the_numbers_found_are_the_classes(land):
@@ -650,6 +656,10 @@ def test_predictions_lie_on_the_map(run, segment, tmp_path, named):
             mask = np.array(Image.open(out / f"{i}.x.png"))
         assert mask.shape == (40, 50) and mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 7}
         assert (mask[:, :20] == 0).mean() > 0.9 and (mask[:, 30:] == 7).mean() > 0.9
+    if named:  # one scene: its folder is the image
+        run("eval_segmentation", "--predict", tmp_path / "new" / "deep" / "1.x", "--weights",
+            tmp_path / "out", "--output_dir", tmp_path / "out", "--device", "cpu")
+        assert (tifffile.imread(out.parent / "1.x.tif") == tifffile.imread(out / "1.x.tif")).all()
 
 
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit"])
@@ -747,6 +757,17 @@ def test_prediction_of_unreadable_images_fails(run, segment, land, tmp_path, cap
         run("eval_segmentation", "--predict", tmp_path / "new", "--weights", tmp_path / "out", "--output_dir",
             tmp_path / "out", "--device", "cpu")
     assert stop.value.code == 1 and "1 of 1 images are unreadable" in capsys.readouterr().err
+    shutil.copy(land / "val" / "images" / "1.png", tmp_path / "new")
+    run("eval_segmentation", "--predict", tmp_path / "new", "--weights", tmp_path / "out", "--output_dir",
+        tmp_path / "out", "--device", "cpu")
+    captured = capsys.readouterr()
+    assert "masks of 1 of 2 images" in captured.out and "unreadable, left out" in captured.err
+
+
+def test_images_smaller_than_the_crops_are_warned_about(land, capsys):
+    for img_size, count in ((40, 0), (41, 1)):
+        load(land, "--img_size", str(img_size))
+        assert capsys.readouterr().err.count("most images are smaller, so crops are padded") == count
 
 
 def test_max_steps_is_for_each_of_the_weights(segment, land, tmp_path):
