@@ -559,6 +559,9 @@ def test_init_starts_the_backbone_from_our_own_output(train, tmp_path, capsys):
         if name.startswith("backbone."):
             assert torch.equal(second["student"][name], value) and torch.equal(second["teacher"][name], value)
             assert torch.equal(third["teacher"][name], first["student"][name])
+    assert "trained with" not in capsys.readouterr().out
+    train(tmp_path / "d", "--init", tmp_path / "a", *rest, "--mean", .5, .5, .5, "--std", .2, .2, .2)
+    assert "; trained with --mean 0.485 0.456 0.406 --std 0.229 0.224 0.225\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "lars"])
