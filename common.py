@@ -2720,7 +2720,8 @@ class Run:
         if not path.exists():
             own = [os.path.realpath(folder) for folder in (self.out, self.out / "backbone")]
             for source in [getattr(self.args, "init", None), *getattr(self.args, "weights", ())]:
-                if source and os.path.realpath(source) in own:
+                there = source and any(map(os.path.exists, (f"{source}/config.json", f"{source}/backbone")))
+                if there and os.path.realpath(source) in own:  # not a name of timm's, or `random`
                     fail(f"--output_dir {self.out}: holds {source}, which would be replaced; take another")
             if (self.out / "head.pth").exists():
                 fail(f"--output_dir {self.out}: holds a linear probe, whose backbone would be replaced")

@@ -456,6 +456,13 @@ def test_a_run_replaces_no_weights_of_others(run, scenes, tmp_path, capsys, sour
     assert (out / "backbone" / "model.safetensors").read_bytes() == before
 
 
+def test_a_folder_may_have_the_name_of_a_baseline(run, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "random").mkdir()
+    run("eval_linear", *flags_of(scenes, "random", *FINETUNE, "--epochs", "2", "--max_steps", "1"))
+    assert (tmp_path / "random" / "checkpoint.pth").exists()
+
+
 def test_finetuning_with_changed_flags_is_refused_but_for_those_that_make_no_result(run, scenes, tmp_path,
                                                                                     capsys):
     run("eval_linear", *flags_of(scenes, tmp_path, *FINETUNE, "--max_steps", "1"))
