@@ -2841,9 +2841,9 @@ class Run:
         return [part.to(self.process.device, non_blocking=True) for part in batch]
 
     def has_result(self) -> bool:
-        """True after all steps; after --max_steps of them, or a signal, says that the run can be resumed."""
+        """True after all steps; after --max_steps of them says that the run can be resumed."""
         complete = not self.stopped and self.stop_step == self.total_steps
-        if self.process.is_main and not complete:
+        if self.process.is_main and not complete and not self.stopped:  # of a signal `steps` has said so
             print(f"no result before the last step; the same command resumes: {self.out}")
         return complete
 
