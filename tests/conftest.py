@@ -24,6 +24,9 @@ from demo.scenes import write_dataset
 # numbers of threads, and the models are so small that threads would only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
+# Flushing a file waits for all that others write, seconds on a busy machine, and helps only where the machine
+# itself dies, which no test tries. The processes that tests start import this too.
+os.fsync = lambda file: None
 ROOT = Path(__file__).parent.parent
 # What a tiny run needs; `test_vit` and `test_resnet` are timm's own miniature models.
 SMALL = "--img_size 32 --batch_size_per_gpu 4 --epochs 3 --warmup_epochs 1".split()
