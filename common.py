@@ -1395,6 +1395,15 @@ def plain_decimals(values: Sequence[float]) -> str:
     return " ".join(np.format_float_positional(value, trim="-") for value in values)
 
 
+def small_images(sides: Sequence[int], img_size: int, done: str) -> list[str]:
+    """A line where most images' smaller `sides` are below --img_size, else none; `done`: to their crops."""
+    median = sorted(sides)[len(sides) // 2]
+    if median >= img_size:
+        return []
+    return [f"warning: --img_size {img_size}: most images are smaller, so crops are {done}, which costs time "
+            f"and adds nothing; {median} is their median side"]
+
+
 def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float],
                std: Sequence[float]) -> list[str]:
     """Looks at some samples; sets `samples.dtype`, `args.mean` and `args.std`; returns lines to print.
@@ -1402,11 +1411,8 @@ def set_pixels(samples: Samples, args: argparse.Namespace, mean: Sequence[float]
     Fails where none is readable; warns where most are smaller than --img_size. --mean and --std are taken as
     given; without them `mean` and `std` serve 8-bit RGB, and what is measured all else.
     """
-    found, lines = measure_pixels(samples, 32), []
-    side, median = min(timm.layers.to_2tuple(args.img_size)), sorted(found.sides)[len(found.sides) // 2]
-    if median < side:
-        lines.append(f"warning: --img_size {side}: most images are smaller, so crops are enlarged, which "
-                     f"costs time and adds nothing; {median} is their median side")
+    found = measure_pixels(samples, 32)
+    lines = small_images(found.sides, min(timm.layers.to_2tuple(args.img_size)), "enlarged")
     samples.dtype = found.dtype
     if args.mean or args.std:
         if not len(args.mean or []) == len(args.std or []) == samples.in_chans:
@@ -2842,8 +2848,10 @@ class Run:
 
     def has_result(self) -> bool:
         """True after all steps; after --max_steps of them says that the run can be resumed."""
-        complete = not self.stopped and self.stop_step == self.total_steps
-        if self.process.is_main and not complete and not self.stopped:  # of a signal `steps` has said so
+        if self.stopped:  # `steps` has said so
+            return False
+        complete = self.stop_step == self.total_steps
+        if self.process.is_main and not complete:
             print(f"no result before the last step; the same command resumes: {self.out}")
         return complete
 

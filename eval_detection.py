@@ -66,11 +66,10 @@ from torchvision.ops import generalized_box_iou_loss, sigmoid_focal_loss
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
 import common
-import eval_knn
 import eval_segmentation
 from common import Process, not_negative, positive
 from eval_knn import add_result, add_weights_flags, build, load_saved, prepare, print_rows, weights_digest
-from eval_segmentation import NOT_FINITE, STRIDES, Pyramid, check_folders, folder_name, rescale, stem
+from eval_segmentation import NOT_FINITE, STRIDES, Pyramid, check_mode, folder_name, rescale, stem
 
 SAVED_FLAGS = "img_size in_chans bands boxes arch p2 fpn_dim head_convs".split()  # with a detector
 SETTINGS = """patch_size finetune epochs batch_size_per_gpu accum_steps optimizer lr backbone_lr schedule
@@ -126,9 +125,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses flags that contradict each other; fills in defaults that depend on other flags."""
-    changed = eval_knn.changed_flags(args, get_parser())
-    eval_knn.check_mode(args, changed)
-    check_folders(args.weights)
+    changed = check_mode(args, get_parser())
     if "backbone_lr" in changed and not args.finetune:
         common.fail(f"--backbone_lr {args.backbone_lr}: not with --no-finetune")
     if args.fpn_dim % 32 or args.fpn_dim < 64:  # 32 groups of two channels or more: a map may be one cell
@@ -351,7 +348,8 @@ def load_data(parts: list[Part], args: argparse.Namespace) -> tuple[SampleList, 
     if parts[0].yolo != parts[1].yolo:
         common.fail(f"--data_path {args.data_path}: train/ and {parts[1].name}/ have labels in two formats")
     train, test = (read_part(part, args) for part in parts)
-    eval_segmentation.warn_of_small([size for _, size, _ in train], args.img_size)
+    for line in common.small_images([min(size) for _, size, _ in train], args.img_size, "padded"):
+        print(line, file=sys.stderr)
     named, file = not parts[0].yolo, Path(args.data_path) / "classes.txt"  # YOLO: labels hold numbers
     found = sorted({name for _, _, objects in train + test for _, name, _ in objects})
     if listed := file.exists():

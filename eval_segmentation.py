@@ -133,10 +133,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 def check_args(args: argparse.Namespace) -> None:
     """Refuses flags that contradict each other; fills in the default of --lr."""
-    changed = eval_knn.changed_flags(args, get_parser())
-    eval_knn.check_mode(args, changed)
-    check_folders(args.weights)
-    for name in changed:
+    for name in check_mode(args, get_parser()):
         if name in ("backbone_lr", "layer_decay", "drop_path") and not args.finetune:
             common.fail(f"--{name} {getattr(args, name)}: only with --finetune")
         if name == "head_dim" and args.head == "linear":
@@ -146,10 +143,13 @@ def check_args(args: argparse.Namespace) -> None:
     args.lr = args.lr or {"linear": 2e-2, "upernet": 1e-3}[args.head]
 
 
-def check_folders(weights: list[str]) -> None:
-    """Fails where two of several --weights would have the same folder."""
-    if len(set(map(folder_name, weights))) < len(weights):
-        common.fail(f"--weights {' '.join(weights)}: two of them would share a folder in --output_dir")
+def check_mode(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """As eval_knn.check_mode, for --weights with a folder each; names of the flags not at their defaults."""
+    changed = eval_knn.changed_flags(args, parser)
+    eval_knn.check_mode(args, changed)
+    if len(set(map(folder_name, args.weights))) < len(args.weights):
+        common.fail(f"--weights {' '.join(args.weights)}: two of them would share a folder in --output_dir")
+    return changed
 
 
 def folder_name(weights: str) -> str:
@@ -408,19 +408,12 @@ def load_data(files: list[Files], split: str, change: bool, pixels: common.Sampl
         path = next(sample[-1] for sample, own in zip(every, found, strict=True) if unknown[0] in own)
         words = ", ".join(in_words(value, in_colour) for value in unknown[:12])
         common.fail(f"--classes {args.classes}: has no class for value {words}, found in {path}")
-    warn_of_small(sizes[:n], args.img_size)
+    for line in common.small_images([min(size) for size in sizes[:n]], args.img_size, "padded"):
+        print(line, file=sys.stderr)
     changed = [i for i, own in enumerate(found[:n]) if change and 1 in own]
     if change and not changed:
         common.fail(f"--data_path {root}: no training label holds a change")
     return Data(*files, split, classes, np.array(sizes[:n]), np.array(changed, np.int64), pixels)
-
-
-def warn_of_small(sizes: Sequence[tuple[int, int]], img_size: int) -> None:
-    """Warns where most images, of these heights and widths, are smaller than the crops."""
-    median = int(np.median([min(size) for size in sizes]))
-    if median < img_size:
-        print(f"warning: --img_size {img_size}: most images are smaller, so crops are padded, which costs "
-              f"time and adds nothing; {median} is their median side", file=sys.stderr)
 
 
 def pad(images: Tensor, height: int, width: int) -> Tensor:
