@@ -240,11 +240,15 @@ def load_split(data_path: str, val_fraction: float, split_seed: int, exclude: Pa
 
 def load_split_once(args: argparse.Namespace, process: Process) -> tuple[Labelled, Labelled, list[str], str]:
     """As load_split by `args`: the main process reads, the others check that their files are there."""
-    try:
-        found = common.from_main(process, lambda: load_split(
-            args.data_path, args.val_fraction, args.split_seed, Path(args.output_dir), args.bands))
-    except PermissionError as error:
-        common.fail(f"--data_path {error.filename}: cannot be read: {error.strerror}")
+
+    def read() -> tuple:  # its failures end all processes alike
+        try:
+            return load_split(args.data_path, args.val_fraction, args.split_seed, Path(args.output_dir),
+                              args.bands)
+        except PermissionError as error:
+            common.fail(f"--data_path {error.filename}: cannot be read: {error.strerror}")
+
+    found = common.from_main(process, read)
     common.check_there(process, found[0].paths, args.data_path)
     if found[2] and found[1].labels.ndim == 2 and not found[1].labels.any():
         common.fail(f"--data_path {args.data_path}: no test image has a label")

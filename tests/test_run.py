@@ -304,8 +304,12 @@ def test_collapse_is_warned_about_once(tmp_path, capsys):
     assert warnings[0].endswith("Do this.")
     for first, count in ((17, 1), (18, 0)):  # five lines, and more than a tenth of 21 steps
         assert len(watch(f"b{first}", low_from(first))) == count
-    for first, count in ((63, 1), (64, 0)):  # a tenth of 70 steps, and more than five lines
-        assert len(watch(f"c{first}", low_from(first), "--epochs", 10)) == count
+    for low, count in ((8, 1), (7, 0)):  # a tenth of 70 steps, and more than five lines
+
+        def dip(done, low=low):
+            return 0.04 if done <= low else 1.0
+
+        assert len(watch(f"c{low}", dip, "--epochs", 10)) == count
     assert not watch("d", low_from(1), "--batch_size_per_gpu", 1)  # one image has no spread
 
 
