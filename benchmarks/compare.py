@@ -162,18 +162,19 @@ def print_table(root: Path) -> None:
 
 
 def draw_curves(root: Path, path: Path) -> None:
-    """Draws kNN over the minutes of training: a line for each method, through the mean of its seeds."""
+    """Draws kNN over the images seen: a line for each method, through the mean of its seeds."""
     curves = {}
     for name in METHODS:
         parts = {}
         for out in root.glob(f"{name}_[0-9]*"):
-            kept = sorted((out / "curve").glob("*"), key=lambda folder: int(folder.name))
-            for i, folder in enumerate(kept, 1):
+            log = read(out / "log.jsonl")
+            for folder in sorted((out / "curve").glob("*"), key=lambda folder: int(folder.name)):
+                thousands = int(folder.name) * log[0]["effective_batch"] / 1000
                 for line in read(folder / "knn" / "results.jsonl"):
-                    parts.setdefault(i, []).append((minutes(out) * i / len(kept), line["top1"]["20"]))
+                    parts.setdefault(folder.name, []).append((thousands, line["top1"]["20"]))
         if parts:
-            curves[name] = [tuple(map(statistics.mean, zip(*points, strict=True)))
-                            for points in parts.values()]
+            curves[name] = sorted(tuple(map(statistics.mean, zip(*points, strict=True)))
+                                  for points in parts.values())
     if not curves:
         return
     right = max(x for points in curves.values() for x, _ in points)
@@ -188,9 +189,9 @@ def draw_curves(root: Path, path: Path) -> None:
     for y in range(low, high + 1, 5):
         draw.line([at(0, y), at(right, y)], "lightgray")
         draw.text((10, at(0, y)[1] - 6), f"{y} %", "black")
-    for x in range(0, int(right) + 1, 10):
+    for x in range(0, int(right) + 1, 20):
         draw.text((at(x, low)[0] - 4, 386), str(x), "black")
-    draw.text((200, 402), "minutes of one CPU thread; kNN, k 20, 96 px", "black")
+    draw.text((200, 402), "thousand images seen; kNN, k 20, 96 px", "black")
     colours = ("red", "darkorange", "royalblue", "navy", "green", "gray", "black")
     ends = []
     for (name, points), colour in zip(curves.items(), colours, strict=False):
