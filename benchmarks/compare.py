@@ -168,13 +168,12 @@ def draw_curves(root: Path, path: Path) -> None:
         parts = {}
         for out in root.glob(f"{name}_[0-9]*"):
             log = read(out / "log.jsonl")
-            for folder in sorted((out / "curve").glob("*"), key=lambda folder: int(folder.name)):
+            for folder in (out / "curve").glob("*"):
                 thousands = int(folder.name) * log[0]["effective_batch"] / 1000
                 for line in read(folder / "knn" / "results.jsonl"):
-                    parts.setdefault(folder.name, []).append((thousands, line["top1"]["20"]))
+                    parts.setdefault(thousands, []).append(line["top1"]["20"])
         if parts:
-            curves[name] = sorted(tuple(map(statistics.mean, zip(*points, strict=True)))
-                                  for points in parts.values())
+            curves[name] = [(x, statistics.mean(values)) for x, values in sorted(parts.items())]
     if not curves:
         return
     right = max(x for points in curves.values() for x, _ in points)
