@@ -2060,8 +2060,6 @@ def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int |
         try:
             backbone = timm.create_model(arch, num_classes=0, **rate, **model_args)
             backbone.model_args, backbone.built_for = model_args, img_size
-            if swin:
-                backbone.register_load_state_dict_pre_hook(take_small_windows)
             return backbone
         except TypeError as error:  # an argument this model does not have
             reason = error
@@ -2079,33 +2077,6 @@ def swin_size(arch: str, img_size: int | tuple[int, int]) -> int | tuple[int, in
     sides = zip(timm.layers.to_2tuple(img_size), cfg.input_size[1:], strict=True)
     height, width = (max(pair) for pair in sides)
     return height if height == width else (height, width)
-
-
-def take_small_windows(swin: nn.Module, state: dict, prefix: str = "", *_: object) -> None:
-    """Shrinks the windows of a Swin to those of `state`, where timm would for the size it is used at.
-
-    Runs of earlier versions were built so. Parameters stay the same objects: an optimizer may hold them.
-    """
-    suffix = "relative_position_bias_table"
-
-    def fits(swin: nn.Module) -> bool:
-        return all(state[prefix + name].shape == p.shape for name, p in swin.named_parameters()
-                   if name.endswith(suffix) and prefix + name in state)
-
-    if fits(swin):
-        return
-    size, window = timm.layers.to_2tuple(swin.built_for), swin.layers[0].blocks[0].attn.window_size
-    small = copy.deepcopy(swin)
-    small.set_input_size(size, window_size=window)
-    if fits(small):
-        parameters = dict(swin.named_parameters())
-        swin.set_input_size(size, window_size=window)
-        for name, table in list(swin.named_parameters()):
-            if name.endswith(suffix):
-                parameters[name].data = table.data
-                attention = swin.get_submodule(name.removesuffix(f".{suffix}"))
-                attention.relative_position_bias_table = parameters[name]
-        swin.model_args["img_size"] = swin.built_for
 
 
 def patch_multiple(backbone: nn.Module) -> int:
@@ -2312,9 +2283,6 @@ def load_backbone(backbone: nn.Module, state: dict, source: str, allow_partial: 
     """
     own, given = backbone.state_dict(), state
     state, words = _convert_first_convs(backbone, state)
-    if isinstance(backbone, timm.models.SwinTransformer):
-        take_small_windows(backbone, state)
-        own = backbone.state_dict()
 
     def fit(state: dict) -> dict:
         return {name: x for name, x in state.items() if name in own and x.shape == own[name].shape

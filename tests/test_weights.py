@@ -372,25 +372,6 @@ def test_swin_at_other_sizes(side, nearness):
     hook.remove()
 
 
-def test_swin_with_the_small_windows_of_earlier_runs(tmp_path):
-    """Resumed, or evaluated and exported: the same network, in the parameters that an optimizer holds."""
-    old = randomized(timm.create_model(SWIN, num_classes=0, img_size=64, strict_img_size=False))
-    for fill in (
-        lambda new: new.load_state_dict({f"backbone.{name}": x for name, x in old.state_dict().items()}),
-        lambda new: common.load_backbone(new.backbone, old.state_dict(), "old"),
-    ):
-        network = nn.ModuleDict({"backbone": common.build_backbone(SWIN, 64).eval()})
-        held = list(network.parameters())
-        fill(network)
-        assert all(p is q for p, q in zip(held, network.parameters(), strict=True))
-        with torch.no_grad():
-            assert torch.equal(network.backbone(images(64)), old(images(64)))
-    common.export_backbone(network.backbone, tmp_path / "backbone", (0, 0, 0), (1, 1, 1))
-    loaded = timm.create_model(f"local-dir:{tmp_path}/backbone", pretrained=True, num_classes=0).eval()
-    with torch.no_grad():
-        assert torch.equal(loaded(images(64)), old(images(64)))
-
-
 def fine_tuned_mae():
     """A ViT as MAE's and CSPT's code fine-tunes it, and its features fc_norm(mean of the patch tokens)."""
     model, kept = source(VIT)[0], []
