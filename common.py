@@ -36,6 +36,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from array import array
@@ -1727,210 +1728,79 @@ class RefusedFileError(ValueError):
     """A file that is not damaged, and still not read; the message says why, and what to do."""
 
 
-@dataclass(frozen=True, eq=False)
 class Placeholder:
-    """Stands for what load_checkpoint leaves in the file: all but tensors, containers, numbers and text."""
+    """Stands for all of a file but tensors, containers, numbers, text; does nothing with what it is given."""
 
-    name: str
+    def ignore(self, *args: object) -> None:
+        """Takes a file's arguments, state or items."""
 
+    __init__ = __setstate__ = __setitem__ = append = extend = add = ignore
 
-@dataclass(frozen=True, eq=False)
-class Storage:
-    """The memory of one tensor or several in a file: its bytes, 1-D uint8, and what they mean."""
-
-    data: Tensor
-    dtype: torch.dtype
-
-
-STORAGE_DTYPES = {
-    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
-    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-    "Bool": torch.bool, "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128,
-    "Untyped": torch.uint8}
-DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
-HASHABLE = (str, int, float, bool, bytes, type(None))
+    def __call__(self, *args: object) -> "Placeholder":
+        """Itself."""
+        return self
 
 
-class DataUnpickler(pickle._Unpickler):
-    """Python's own unpickler in Python, without its power: it looks up no name and calls nothing of a file.
+class Frozen(type):
+    """The kind of class that a file can call, and cannot change."""
 
-    Every global is a Placeholder with its name. Where the file asks to call one, the few names in MADE are
-    made here, of checked arguments; any other call gives a Placeholder. Only plain lists, dicts, sets and
-    Namespaces are ever filled. So there is no object in reach whose methods do anything.
-
-    Args:
-        file: where the pickle begins.
-        storage: (dtype, key, numel, and of old files the part that is meant) -> Storage.
-    """
-
-    dispatch = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, file: BinaryIO, storage: Callable):
-        super().__init__(file, encoding="utf-8", errors="surrogateescape")
-        self.storage, self.copied = storage, 0
-
-    def find_class(self, module: str, name: str) -> Placeholder:
-        """Of GLOBAL, STACK_GLOBAL, INST: no import, no look-up."""
-        return Placeholder(f"{module}.{name}")
-
-    def get_extension(self, code: int) -> None:
-        """Of EXT1, EXT2, EXT4: names that this process has numbers for."""
-        self.append(Placeholder(f"extension {code}"))
-
-    def persistent_load(self, saved_id: object) -> object:
-        """The storage of a tensor; of the oldest files, the class of a module too."""
-        if type(saved_id) is not tuple or saved_id[0] != "storage":
-            return Placeholder("module")
-        _, cls, key, _, numel, *rest = saved_id
-        kind = re.fullmatch(r"torch\.(?:cuda\.|storage\.)?(\w+)Storage", cls.name)
-        if type(key) is not str or type(numel) is not int:
-            raise ValueError("a storage without a name or a size")
-        return self.storage(STORAGE_DTYPES[kind[1]], key, numel, *rest)
-
-    def _instantiate(self, cls: object, args: list) -> None:  # of INST and OBJ
-        self.append(make(cls, tuple(args)))
-
-    def _call(self) -> None:
-        args, function = self.stack.pop(), self.stack.pop()
-        self._count(*args if type(args) is tuple else ())
-        self.append(make(function, args))
-
-    def _count(self, *given: object) -> None:  # a few bytes may ask for the same long list again and again
-        self.copied += sum(len(x) for x in given if type(x) in (tuple, list, dict, OrderedDict))
-        if self.copied > 2**24:
-            raise ValueError("too many items in its calls")
-
-    def _call_with_names(self) -> None:
-        self.stack.pop()
-        self._call()
-
-    def _build(self) -> None:
-        state, made = self.stack.pop(), self.stack[-1]
-        if type(state) is not dict:
-            return
-        self._count(state)
-        if type(made) is argparse.Namespace:
-            vars(made).update((name, value) for name, value in state.items() if type(name) is str)
-        elif type(made) is OrderedDict and type(state.get("_metadata")) in (dict, OrderedDict):
-            made._metadata = state["_metadata"]  # versions of modules, in a state dict
-
-    def _collect(self, collect: Callable) -> None:
-        items = self.pop_mark()  # which brings the stack back that self.append then adds to
-        self.append(collect(items))
-
-    def _fill(self, add: Callable) -> None:
-        items = self.pop_mark()
-        add(self.stack[-1], items)
-
-    def _fill_one(self, add: Callable, count: int) -> None:
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        add(self.stack[-1], items)
-
-    for _code, _load in {
-            pickle.REDUCE: _call, pickle.NEWOBJ: _call, pickle.NEWOBJ_EX: _call_with_names,
-            pickle.BUILD: _build,
-            pickle.BYTEARRAY8: lambda self: self.append(
-                bytearray(self.read(*struct.unpack("<Q", self.read(8))))),
-            pickle.DICT: lambda self: self._collect(lambda items: set_items({}, items)),
-            pickle.FROZENSET: lambda self: self._collect(lambda items: frozenset(map(hashable, items))),
-            pickle.SETITEM: lambda self: self._fill_one(set_items, 2),
-            pickle.SETITEMS: lambda self: self._fill(set_items),
-            pickle.APPEND: lambda self: self._fill_one(extend, 1),
-            pickle.APPENDS: lambda self: self._fill(extend),
-            pickle.ADDITEMS: lambda self: self._fill(extend)}.items():
-        dispatch[_code[0]] = _load
+    def __setattr__(cls, name: str, value: object) -> None:
+        raise AttributeError(f"sets {name} of a class")
 
 
-def hashable(value: object) -> object:
-    """The value itself as a key of a dict or set, where it is plain, or a flat tuple of what is plain.
-
-    Else a Placeholder: hashing a file's tuples within tuples within tuples would overflow the C stack.
-    """
-    parts = value if type(value) is tuple and len(value) <= 8 else (value,)  # long ones take long, each time
-    plain = all(type(part) in HASHABLE and (type(part) is not int or abs(part) < 2**60) for part in parts)
-    return value if plain else Placeholder("key")  # larger numbers may all have the same hash
-
-
-def set_items(container: object, items: list) -> object:
-    """Puts key, value, key, value, ... into a plain dict; nothing else is filled."""
-    if type(container) in (dict, OrderedDict):
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            container[hashable(key)] = value
-    return container
-
-
-def extend(container: object, items: list) -> None:
-    """Adds items to a plain list or set; nothing else is filled."""
-    if type(container) is list:
-        container.extend(items)
-    elif type(container) is set:
-        container.update(map(hashable, items))
-
-
-def make(function: object, args: tuple) -> object:
-    """What a call in a file stands for: one of MADE, or a Placeholder."""
-    name = function.name if type(function) is Placeholder else "object"
-    return MADE[name](*args) if name in MADE and type(args) is tuple else Placeholder(name)
-
-
-def _make_ordered(pairs: list | tuple = ()) -> OrderedDict | Placeholder:  # Python 2 gave the items here
-    if type(pairs) not in (list, tuple) or any(type(pair) not in (list, tuple) or len(pair) != 2
-                                              for pair in pairs):
-        return Placeholder("OrderedDict")
-    return set_items(OrderedDict(), [part for pair in pairs for part in pair])
-
-
-def _make_set(items: list | tuple = ()) -> set | Placeholder:
-    return set(map(hashable, items)) if type(items) in (list, tuple) else Placeholder("set")
-
-
-def _make_tensor(storage: Storage, offset: int, size: tuple, stride: tuple, *rest: object) -> object:
-    if type(storage) is not Storage:
-        raise ValueError("a tensor without a storage")
-    if len(rest) > 2 and rest[2]:  # a flag that negates or conjugates it
-        return Placeholder("tensor with flags")
-    data = storage.data.view(storage.dtype)
-    if not type(size) is type(stride) is tuple or len(size) > 64 \
-            or any(type(n) is not int or not 0 <= n < 2**63 for n in size + stride):
-        raise ValueError("a tensor of an odd size")
-    if math.prod(size) > max(data.numel(), 2**24):  # by strides of 0, from a few bytes
-        raise ValueError(f"a tensor of {size}")
-    return data.as_strided(size, stride, data.storage_offset() + offset)  # refuses what is out of bounds
-
-
-def _make_tensor_of(storage: Storage, offset: int, size: tuple, stride: tuple, grad: bool, hooks: object,
-                    dtype: Placeholder, *rest: object) -> object:
-    return _make_tensor(Storage(storage.data, DTYPES[dtype.name]), offset, size, stride, grad, hooks, *rest)
-
-
-MADE = {
-    "collections.OrderedDict": _make_ordered, "collections.defaultdict": lambda *args: {},
-    "builtins.set": _make_set, "__builtin__.set": _make_set,
-    "argparse.Namespace": lambda *args: argparse.Namespace(),
-    "torch._utils._rebuild_tensor": _make_tensor, "torch._utils._rebuild_tensor_v2": _make_tensor,
-    "torch._utils._rebuild_tensor_v3": _make_tensor_of,
+MADE = {  # what is called for a name of a file; for any other, Placeholder
+    "collections.OrderedDict": OrderedDict, "collections.defaultdict": lambda *args: {},
+    "builtins.set": set, "__builtin__.set": set, "argparse.Namespace": argparse.Namespace,
+    "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
+    "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
+    "torch._utils._rebuild_tensor_v3": torch._utils._rebuild_tensor_v3,
     "torch._utils._rebuild_parameter": lambda data, *rest: data,
     "torch._utils._rebuild_parameter_with_state": lambda data, *rest: data,
-    "torch._tensor._rebuild_from_type_v2": lambda function, cls, args, state: make(function, args)}
+    "torch._tensor._rebuild_from_type_v2": lambda function, cls, args, state: function(*args)}
+DTYPES = {str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+
+
+class DataUnpickler(pickle.Unpickler):
+    """Python's unpickler without its power: it looks up no name of a file, so that nothing of it runs."""
+
+    def find_class(self, module: str, name: str) -> object:
+        """A new class, which makes what MADE has for the name. torch.load finds the storages itself."""
+        if f"{module}.{name}" in DTYPES:
+            return DTYPES[f"{module}.{name}"]
+        if name == "UntypedStorage":
+            return torch.serialization.StorageType("ByteStorage")
+        make = MADE.get(f"{module}.{name}", Placeholder)
+        return Frozen("Made", (), {"__new__": lambda cls, *args, **kwargs: make(*args)})
+
+
+class DataPickle:
+    """The `pickle_module` of torch.load."""
+
+    Unpickler = DataUnpickler
+
+    @staticmethod
+    def load(file: BinaryIO, **kwargs: object) -> object:
+        """As pickle.load."""
+        return DataUnpickler(file, **kwargs).load()
 
 
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a dict that torch.save wrote: tensors on the CPU, containers, numbers, text; else Placeholders.
 
-    Nothing of the file runs. Files of torch 1.6 and later are zip archives, whose checksums are compared;
-    older ones have none.
+    Nothing of the file runs; a hostile one can take memory, or end the process. Files of torch 1.6 and
+    later are zip archives, whose checksums are compared, as torch.load does not; older ones have none.
 
     Raises:
         ValueError: the file is damaged, or holds something else; the reason, in one line.
     """
     try:
         with open(path, "rb") as file:
-            start = file.read(262)
-            file.seek(0)
-            if start[257:] == b"ustar":
-                raise RefusedFileError("a file of PyTorch before 0.2: load it there, and save it again")
-            content = _load_zip(file) if start.startswith(b"PK") else _load_legacy(file)
+            is_zip = file.read(4) == b"PK\x03\x04"
+        if is_zip:
+            _check_zip(path)
+        elif tarfile.is_tarfile(path):
+            raise RefusedFileError("a tar archive: unpack it, or load it in PyTorch 0.1 and save it again")
+        content = torch.load(path, "cpu", DataPickle, weights_only=False, errors="surrogateescape")
     except OSError as error:
         raise ValueError(str(error)) from error
     except RefusedFileError:
@@ -1943,83 +1813,18 @@ def load_checkpoint(path: str | Path) -> dict:
     return content
 
 
-def _load_zip(file: BinaryIO) -> object:
-    storages, size = {}, os.fstat(file.fileno()).st_size
-    with zipfile.ZipFile(file) as archive:
-        # Entries may be compressed, or overlap.
-        if sum(entry.file_size for entry in archive.infolist()) > 8 * size + 2**20:
-            raise ValueError(f"its entries would be much longer than its {size} bytes")
-        folder = archive.namelist()[0].split("/")[0]
-        if f"{folder}/constants.pkl" in archive.namelist():
-            raise RefusedFileError("a TorchScript program: save the state_dict() of its network instead")
-        if f"{folder}/byteorder" in archive.namelist():
-            _check_byteorder(bytes(_read_entry(archive, f"{folder}/byteorder").numpy()).decode())
-
-        def storage(dtype: torch.dtype, key: str, numel: int, *_: object) -> Storage:
-            if key not in storages:
-                storages[key] = _read_entry(archive, f"{folder}/data/{key}", numel * dtype.itemsize)
-            return Storage(storages[key], dtype)
-
-        pickled = _read_entry(archive, f"{folder}/data.pkl")
-        return DataUnpickler(io.BytesIO(pickled.numpy()), storage).load()
-
-
-def _check_byteorder(byteorder: str) -> None:
-    if byteorder != sys.byteorder:
-        raise RefusedFileError(f"its numbers are {one_line(byteorder[:20])}-endian, this machine's are not")
-
-
-def _read_entry(archive: zipfile.ZipFile, name: str, nbytes: int | None = None) -> Tensor:
-    entry = archive.getinfo(name)
-    if nbytes not in (None, entry.file_size):
-        raise ValueError(f"{name} has {entry.file_size} bytes, not {nbytes}")
-    if not entry.CRC:  # torch.serialization.set_crc32_options(False)
-        entry.CRC = None
-    with archive.open(entry) as file:
-        data = _read_bytes(file, entry.file_size)
-        if file.read(1):  # at the end the checksum is compared
-            raise ValueError(f"{name} is longer than {entry.file_size} bytes")
-    return data
-
-
-def _read_bytes(file: BinaryIO, nbytes: int) -> Tensor:
-    data = torch.empty(nbytes, dtype=torch.uint8)
-    view = memoryview(data.numpy())
-    while len(view):
-        count = file.readinto(view[: 2**20])
-        if not count:
-            raise ValueError("cut short")
-        view = view[count:]
-    return data
-
-
-def _load_legacy(file: BinaryIO) -> object:
-    # Five pickles: a number, the version, the system, the object, the storages' keys; then their bytes.
-    storages, size = {}, os.fstat(file.fileno()).st_size
-
-    def storage(dtype: torch.dtype, key: str, numel: int, part: tuple | None = None) -> Storage:
-        if not 0 <= numel * dtype.itemsize <= size:
-            raise ValueError(f"cut short: a storage of {numel} numbers")
-        if key not in storages:
-            storages[key] = Storage(torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype)
-        whole = storages[key]
-        if type(part) is not tuple:
-            return whole
-        _, first, count = part
-        return Storage(whole.data.narrow(0, first * dtype.itemsize, count * dtype.itemsize), dtype)
-
-    number, version, system, result, keys = (DataUnpickler(file, storage).load() for _ in range(5))
-    if number != torch.serialization.MAGIC_NUMBER or version != torch.serialization.PROTOCOL_VERSION:
-        raise ValueError("another format")
-    _check_byteorder("little" if system["little_endian"] else "big")
-    if type(keys) is not list or sorted(keys) != sorted(storages):
-        raise ValueError("not the storages of its tensors")
-    for key in keys:
-        data, dtype = storages[key].data, storages[key].dtype
-        if int.from_bytes(file.read(8), sys.byteorder) * dtype.itemsize != len(data):
-            raise ValueError(f"storage {key} has another size")
-        data.copy_(_read_bytes(file, len(data)))
-    return result
+def _check_zip(path: str | Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > 8 * os.path.getsize(path) + 2**20:
+            raise ValueError("its entries would be much longer than the file")
+        for entry in archive.infolist():
+            if entry.CRC:  # 0 where torch.serialization.set_crc32_options(False) has left it out
+                with archive.open(entry) as file:
+                    while file.read(2**20):  # compares the checksum at its end
+                        pass
+    # With torch's own view of the archive: torch.load would go on with torch.jit.load, which runs programs.
+    if "constants.pkl" in torch._C.PyTorchFileReader(str(path)).get_all_records():
+        raise RefusedFileError("a TorchScript program: save the state_dict() of its network instead")
 
 
 # --------------------------------------------------------------------------------------------------
