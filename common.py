@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 import zipfile
 from array import array
 from collections import OrderedDict
@@ -1800,7 +1801,9 @@ def load_checkpoint(path: str | Path) -> dict:
             _check_zip(path)
         elif tarfile.is_tarfile(path):
             raise RefusedFileError("a tar archive: unpack it, or load it in PyTorch 0.1 and save it again")
-        content = torch.load(path, "cpu", DataPickle, weights_only=False, errors="surrogateescape")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of classes in old files, whose source torch does not find
+            content = torch.load(path, "cpu", DataPickle, weights_only=False, errors="surrogateescape")
     except OSError as error:
         raise ValueError(str(error)) from error
     except RefusedFileError:

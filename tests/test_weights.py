@@ -4,8 +4,11 @@ The files are built here, in the public layout of each format, from networks wit
 """
 
 import argparse
+import collections
 import contextlib
+import datetime
 import functools
+import inspect
 import io
 import json
 import os
@@ -726,6 +729,41 @@ def test_a_placeholder_is_harmless():
     assert it("rm -rf") is it and it in {it}
 
 
+class Listed(list):
+    pass
+
+
+class Slotted:
+    __slots__ = ("a",)
+
+    def __init__(self):
+        self.a = 1
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_stands_beside_the_tensors_does_not_matter(tmp_path, legacy, protocol):
+    things = (
+        np.arange(3.0), np.array([1, "a"], dtype=object), np.random.default_rng(0), np.float64(1),
+        np.dtype("f4"), pathlib.Path("a"), MetricStroge(), Listed([1]), Slotted(), Slotted, len,
+        collections.Counter("aab"), collections.deque([1], 2), collections.defaultdict(list, a=[1]),
+        functools.partial(print, 1), inspect.Parameter.KEYWORD_ONLY, datetime.datetime(2020, 1, 1),
+        torch.device("cpu"), torch.Size([2]),
+        torch.eye(2).to_sparse(), nn.Linear(2, 2), b"a", bytearray(b"a"), frozenset([1]), 2j, range(3),
+        slice(1), ..., 10**40, {(1, (2, 3)): 1, pathlib.Path("a"): 2}, argparse.Namespace(a={1}),
+    )  # fmt: skip
+    for thing in things:
+        saved = {"before": thing, "w": torch.arange(3), "after": [thing]}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of saving whole networks in the old format
+            torch.save(
+                saved, tmp_path / "a.pth", pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(common.load_checkpoint(tmp_path / "a.pth")["w"], torch.arange(3)), thing
+
+
 def test_old_files_of_whole_networks_write_nothing(tmp_path, monkeypatch):
     """torch.load compares the source of their classes, and writes a patch where a class asks for it."""
     monkeypatch.chdir(tmp_path)
@@ -734,8 +772,7 @@ def test_old_files_of_whole_networks_write_nothing(tmp_path, monkeypatch):
         for poison in (b"", b"N}" + text("dump_patches") + b"\x88s\x86b"):
             part = b"(" + text("module") + cls + poison + text("file") + text("source") + b"tQ"
             write_pickle(tmp_path / "a.pth", part, legacy=True)
-            with contextlib.suppress(ValueError), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with contextlib.suppress(ValueError):
                 common.load_checkpoint(tmp_path / "a.pth")
     assert os.listdir() == ["a.pth"]
 
