@@ -38,7 +38,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import warnings
 import zipfile
 from array import array
 from collections import OrderedDict
@@ -1749,9 +1748,15 @@ class Frozen(type):
         raise AttributeError(f"sets {name} of a class")
 
 
+def stand_in(make: Callable) -> Frozen:
+    """A new class that `make` makes the instances of."""
+    return Frozen("Made", (), {"__new__": lambda cls, *args, **kwargs: make(*args)})
+
+
 MADE = {  # what is called for a name of a file; for any other, Placeholder
     "collections.OrderedDict": OrderedDict, "collections.defaultdict": lambda *args: {},
-    "builtins.set": set, "__builtin__.set": set, "argparse.Namespace": argparse.Namespace,
+    "builtins.getattr": lambda *args: stand_in(Placeholder),  # a class within a class
+    "builtins.set": set, "argparse.Namespace": argparse.Namespace,
     "torch._utils._rebuild_tensor": torch._utils._rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": torch._utils._rebuild_tensor_v2,
     "torch._utils._rebuild_tensor_v3": torch._utils._rebuild_tensor_v3,
@@ -1770,8 +1775,21 @@ class DataUnpickler(pickle.Unpickler):
             return DTYPES[f"{module}.{name}"]
         if name == "UntypedStorage":
             return torch.serialization.StorageType("ByteStorage")
-        make = MADE.get(f"{module}.{name}", Placeholder)
-        return Frozen("Made", (), {"__new__": lambda cls, *args, **kwargs: make(*args)})
+        return stand_in(MADE.get(f"{module.replace('__builtin__', 'builtins')}.{name}", Placeholder))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Takes torch.load's persistent_load, less what that does for old files alone."""
+        own = functools.partial(self._storage, value) if name == "persistent_load" else value
+        super().__setattr__(name, own)
+
+    @staticmethod
+    def _storage(load: Callable, saved_id: object) -> object:
+        match saved_id:
+            case ("module" | b"module", cls, *_):  # whose source torch would compare
+                return cls
+            case (_, _, _, _, _, view) if view is not None:  # torch loses it where its storage grows
+                raise RefusedFileError("holds a part of a storage: load it in PyTorch, and save it again")
+        return load(saved_id)
 
 
 class DataPickle:
@@ -1788,8 +1806,8 @@ class DataPickle:
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a dict that torch.save wrote: tensors on the CPU, containers, numbers, text; else Placeholders.
 
-    Nothing of the file runs; a hostile one can take memory, or end the process. Files of torch 1.6 and
-    later are zip archives, whose checksums are compared, as torch.load does not; older ones have none.
+    No function that the file chooses runs; a hostile one can take memory, or end the process. Files of torch
+    1.6 and later are zip archives, whose checksums are compared (not so by torch.load); older ones have none.
 
     Raises:
         ValueError: the file is damaged, or holds something else; the reason, in one line.
@@ -1801,9 +1819,9 @@ def load_checkpoint(path: str | Path) -> dict:
             _check_zip(path)
         elif tarfile.is_tarfile(path):
             raise RefusedFileError("a tar archive: unpack it, or load it in PyTorch 0.1 and save it again")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of classes in old files, whose source torch does not find
-            content = torch.load(path, "cpu", DataPickle, weights_only=False, errors="surrogateescape")
+        if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+            raise RefusedFileError("TORCH_FORCE_WEIGHTS_ONLY_LOAD: unset it; nothing of a file runs here")
+        content = torch.load(path, "cpu", DataPickle, weights_only=False, errors="surrogateescape")
     except OSError as error:
         raise ValueError(str(error)) from error
     except RefusedFileError:
