@@ -1819,7 +1819,7 @@ def load_checkpoint(path: str | Path) -> dict:
             _check_zip(path)
         elif tarfile.is_tarfile(path):
             raise RefusedFileError("a tar archive: unpack it, or load it in PyTorch 0.1 and save it again")
-        if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD"):
+        if os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "").lower() in ("1", "y", "yes", "true"):
             raise RefusedFileError("TORCH_FORCE_WEIGHTS_ONLY_LOAD: unset it; nothing of a file runs here")
         content = torch.load(path, "cpu", DataPickle, weights_only=False, errors="surrogateescape")
     except OSError as error:

@@ -786,7 +786,9 @@ def test_parts_of_storages_are_refused(tmp_path):
 
 def test_what_torch_is_told_by_the_environment(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(2)}, tmp_path / "a.pth")
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    assert torch.equal(common.load_checkpoint(tmp_path / "a.pth")["a"], torch.ones(2))
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "True")
     with pytest.raises(ValueError, match="^TORCH_FORCE_WEIGHTS_ONLY_LOAD: unset it"):
         common.load_checkpoint(tmp_path / "a.pth")
 
