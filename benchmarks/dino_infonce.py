@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dino_mc
+import mhcl
 
-C, K, TAU = 256, 512, 0.1  # width of the head's unit vectors; length of the queue
+C, K, TAU = 256, 512, 0.1  # width of the head's unit vectors; length of the queue; temperature
 
 
 class InfoNCE(nn.Module):
@@ -32,9 +33,8 @@ class InfoNCE(nn.Module):
         """V x B x C unit vectors of the student, T x B x C of the teacher -> mean cross-entropy."""
         q, self.keys = student_out.float(), teacher_out.float()
         l_pos = torch.einsum("vbc,tbc->tvb", q, self.keys)
-        l_neg = (q @ self.queue.T).expand(len(self.keys), *q.shape[:2], K)  # T x V x B x K
-        logits = torch.cat([l_pos[..., None], l_neg], -1) / TAU
-        pairs = -logits.log_softmax(-1)[..., 0].mean(-1)  # T x V
+        l_neg = q @ self.queue.T  # V x B x K, the same for every key
+        pairs = mhcl.info_nce(l_pos / TAU, l_neg / TAU).mean(-1)  # T x V
         T, V = pairs.shape
         return (pairs.sum() - pairs.diagonal().sum()) / (T * (V - 1))
 
