@@ -25,7 +25,6 @@ import logging
 import math
 import multiprocessing
 import multiprocessing.queues
-import operator
 import os
 import pickle
 import platform
@@ -79,6 +78,7 @@ TIFF_JPEGS = (6, 7, 34892, 33007)  # compressions that tifffile decodes to RGB
 PACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 MOST_NUMBERS = 2**30  # pixels times bands to read at once: 4 GB in float32
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit is a sixth of that
 RUN_FILES = {"log.jsonl", "checkpoint.pth", "results.jsonl"}  # a folder with one of them is no data,
 EXPORT_FILES = {"config.json", "model.safetensors"}  # nor is one with both of these
 TOO_LITTLE = {  # what errors of Python and PyTorch say, and what helps
@@ -374,97 +374,65 @@ class ChangedArchiveError(UnreadableImageError):
     """An archive that is no longer the one that was listed: the run ends, no other image is taken."""
 
 
-# Rows of Paths: start and length are in its text. A list of strings would have its reference counts
-# written in every worker, which copies the memory that it shares with the others.
-FILE = np.dtype([("start", "<i8"), ("length", "<i4"), ("folder", "<i4")])
-MEMBER = np.dtype([*FILE.descr, ("at", "<i8"), ("size", "<i8")])  # also where it lies in an archive
-FOLDER = np.dtype([("start", "<i8"), ("length", "<i4"), ("archive", "<i4")])  # archive: -1 for none
+# A row of Paths: where the path is in the text, in which archive, and where there. A list of strings would
+# have its reference counts written in every worker, which copies the memory that it shares with the others.
+ROW = np.dtype([("start", "<i8"), ("length", "<i4"), ("archive", "<i4"), ("at", "<i8"), ("size", "<i8")])
 
 
 @dataclass(eq=False, repr=False)
 class Paths(Sequence):
-    """Paths of images in a few arrays: 16 bytes each and the name, 32 in archives.
+    """Paths of images in two arrays: 32 bytes each and the path, of a member that in its archive.
 
     `paths[i]` is a str, of an archive's a Member; `paths[array]` are the Paths of these, in the same memory.
     """
 
-    text: np.ndarray  # uint8: names, then folders
-    rows: np.ndarray  # N of FILE or MEMBER
-    folders: np.ndarray  # F of FOLDER
+    text: np.ndarray  # uint8: one path after the other
+    rows: np.ndarray  # N of ROW; archive: -1 for none
     archives: list[tuple[str, int, int]]  # path, size, time of the last change in ns
 
     @classmethod
-    def join(cls, parts: Iterable["tuple[str, Sequence[str]] | Paths"]) -> "Paths":
-        """Puts together folders, each with its last slash and names in it, and Paths of one archive each."""
-        text, places, archives = bytearray(), {}, []
-        columns = length, folder, at, size = array("i"), array("i"), array("q"), array("q")
-        for part in parts:
-            if isinstance(part, Paths):
-                first = part.rows["start"][0] if len(part) else 0
-                text += part.text[first : first + part.rows["length"].sum()].tobytes()
-                used, own = np.unique(part.rows["folder"], return_inverse=True)
-                numbers = [places.setdefault((part._bytes(row), len(archives)), len(places))
-                           for row in part.folders[used]]
-                archives += part.archives
-                rows = part.rows
-                values = rows["length"], np.array(numbers, np.int32)[own], rows["at"], rows["size"]
-                for column, value in zip(columns, values, strict=True):
-                    column.frombytes(value.tobytes())
-            else:
-                names = [os.fsencode(name) for name in part[1]]
-                text += b"".join(names)
-                length.extend(map(len, names))
-                folder.extend([places.setdefault((os.fsencode(part[0]), -1), len(places))] * len(names))
-                at.frombytes(bytes(8 * len(names)))
-                size.frombytes(bytes(8 * len(names)))
-        N, rows = len(length), np.empty(len(length), MEMBER if archives else FILE)
-        length.extend(len(name) for name, _ in places)
-        starts = np.cumsum(length, dtype=np.int64) - length
-        for name, column in zip(rows.dtype.names, (starts[:N], length[:N], folder, at, size), strict=False):
-            rows[name] = column
-        folders = np.empty(len(places), FOLDER)
-        columns = starts[N:], length[N:], [archive for _, archive in places]
-        for name, column in zip(FOLDER.names, columns, strict=True):
-            folders[name] = column
-        text = np.frombuffer(text + b"".join(name for name, _ in places), np.uint8)
-        return cls(text, rows, folders, archives)
+    def of(cls, paths: Iterable[str]) -> "Paths":
+        """Paths of plain strings, which need no archive."""
+        text, lengths = bytearray(), array("i")
+        for path in map(os.fsencode, paths):
+            text += path
+            lengths.append(len(path))
+        rows = np.zeros(len(lengths), ROW)
+        rows["length"], rows["archive"] = lengths, -1
+        rows["start"] = rows["length"].cumsum(dtype=np.int64) - rows["length"]
+        return cls(np.frombuffer(text, np.uint8), rows, [])
 
     @classmethod
-    def of(cls, paths: Sequence[str]) -> "Paths":
-        """Paths of plain strings, which need no archive."""
-        parts = ((path[: len(path) - len(name)], name) for path in paths for name in [os.path.basename(path)])
-        return cls.join((folder, [name for _, name in group])
-                        for folder, group in itertools.groupby(parts, operator.itemgetter(0)))
+    def join(cls, parts: Iterable["Paths"]) -> "Paths":
+        """One after the other; their texts hold nothing else."""
+        texts, rows, archives, begin = [np.empty(0, np.uint8)], [np.empty(0, ROW)], [], 0
+        for part in parts:
+            texts.append(part.text)
+            rows.append(part.rows.copy())
+            rows[-1]["start"] += begin
+            rows[-1]["archive"][part.rows["archive"] >= 0] += len(archives)
+            archives, begin = archives + part.archives, begin + len(part.text)
+        return cls(np.concatenate(texts), np.concatenate(rows), archives)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int | slice | np.ndarray) -> "str | Paths":
         if not isinstance(index, (int, np.integer)):
-            return Paths(self.text, self.rows[index], self.folders, self.archives)
-        row = self.rows[index]
-        folder = self.folders[row["folder"]]
-        path = self._in_archive(folder, os.fsdecode(self._bytes(folder) + self._bytes(row)))
-        if folder["archive"] < 0:
+            return Paths(self.text, self.rows[index], self.archives)
+        start, length, archive, at, size = self.rows[index].item()
+        path = os.fsdecode(self.text[start : start + length].tobytes())
+        if archive < 0:
             return path
-        member = Member(path)
-        member.archive = self.archives[folder["archive"]]
-        member.at, member.size = int(row["at"]), int(row["size"])
+        member = Member(f"{self.archives[archive][0]}/{path}")
+        member.archive, member.at, member.size = self.archives[archive], at, size
         return member
-
-    def _in_archive(self, folder: np.void, path: str) -> str:
-        return path if folder["archive"] < 0 else f"{self.archives[folder['archive']][0]}/{path}"
-
-    def _bytes(self, row: np.void) -> bytes:
-        return self.text[row["start"] : row["start"] + row["length"]].tobytes()
 
     def folder_ranks(self) -> np.ndarray:
         """Of each path's folder, its place among all folders sorted by their paths; N."""
-        paths = (self._in_archive(row, os.fsdecode(self._bytes(row))) for row in self.folders)
-        names = list(map(os.path.dirname, paths))
-        ranks = np.empty(len(names), np.int64)
-        ranks[sorted(range(len(names)), key=names.__getitem__)] = np.arange(len(names))
-        return ranks[self.rows["folder"]]
+        folders = [os.path.dirname(path) for path in self]
+        ranks = {folder: rank for rank, folder in enumerate(sorted(set(folders)))}
+        return np.array([ranks[folder] for folder in folders])
 
 
 def list_images(root: str | Path, exclude: str | Path | None = None, flag: str = "--data_path",
@@ -480,27 +448,25 @@ def list_images(root: str | Path, exclude: str | Path | None = None, flag: str =
     if exclude and os.path.realpath(root) == os.path.realpath(exclude):
         fail(f"{flag} {root}: is --output_dir too; give another folder")
     known, listed, compressed = read_listings(archives) if archives else {}, {}, []
-
-    def parts() -> Iterator[tuple[str, list[str]] | Paths]:
-        for folder, names in _walk(os.fspath(root), exclude, flag, archives is not None):
-            if names is None:
+    found, archived = [], {}  # paths; path of an archive and a slash -> images in it
+    for folder, names in _walk(os.fspath(root), exclude, flag):
+        if is_named(bands):
+            found += [folder] * any(is_band(name, band) for name in names for band in bands)
+        else:
+            found += [os.path.join(folder, name) for name in names
+                      if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != "."]
+        for path in [os.path.join(folder, name) for name in names] if archives else []:
+            compressed += [path] * path.lower().endswith(COMPRESSED)
+            if path.lower().endswith(".tar") and os.path.basename(path)[0] != "." and (
+                    os.path.isfile(path) or os.path.islink(path)):
                 if is_named(bands):
-                    fail(f"{flag} {folder}: an archive, in which bands have no names (--bands): unpack it")
-                key, part = _archive_images(folder, known, flag)
-                listed[key] = replace(part, archives=[key])
-                yield replace(part, archives=[(folder, *key[1:])])
-                continue
-            if archives:
-                compressed.extend(folder + name for name in names if name.lower().endswith(COMPRESSED))
-            yield folder, [name for name in names
-                           if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and name[0] != "."]
-
-    if is_named(bands):
-        found = {os.path.dirname(folder) for folder, names in parts()
-                 if any(is_band(name, band) for name in names for band in bands)}
-        paths = Paths.of(sorted(found))
-    else:
-        paths = Paths.join(parts())
+                    fail(f"{flag} {path}: an archive, in which bands have no names (--bands): unpack it")
+                key, part = _archive_images(path, known, flag)
+                if key not in listed:
+                    listed[key], archived[f"{path}/"] = part, replace(part, archives=[(path, *key[1:])])
+    parts = itertools.groupby(sorted([*found, *archived]), archived.__contains__)
+    paths = Paths.join(part for is_archive, group in parts
+                       for part in (map(archived.get, group) if is_archive else [Paths.of(group)]))
     if listed.keys() - known.keys():
         write_listings(archives, listed.values())
     words = [f"{compressed[0]}: compressed archives are not read: unpack it to a .tar"] if compressed else []
@@ -514,64 +480,47 @@ def list_images(root: str | Path, exclude: str | Path | None = None, flag: str =
     return paths
 
 
-def _walk(root: str, exclude: str | Path | None, flag: str,
-          archives: bool) -> Iterator[tuple[str, list[str] | None]]:
-    # Folders, with their last slash, and names of files in them, in the order of the whole paths: among the
-    # files of a folder another stands as `name/`. Of an archive its path and None.
+def _walk(root: str, exclude: str | Path | None, flag: str) -> Iterator[tuple[str, list[str]]]:
+    # Folders that are data, each once though links lead to it, and names of files in them.
+    def refuse(error: OSError) -> NoReturn:
+        fail(f"{flag} {error.filename}: cannot be listed: {error.strerror}")
+
     done = {os.path.realpath(exclude)} if exclude else set()
-    todo = [(root, None, os.path.realpath(root))]  # path, names of files in it, real path
-    while todo:
-        folder, names, place = todo.pop()
-        if names is not None:
-            yield folder, names
-        elif place in done:  # a link back to a folder above, or a second one
+    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
+        own, place = run_files(names), os.path.realpath(folder)
+        if own and folder == root:
+            fail(f"{flag} {root}: holds {own}, as the output of a run does; if it is data, move that away")
+        if own or place in done:  # a link back to a folder above, or a second one
+            folders.clear()
             continue
-        elif not os.path.isdir(folder):
-            done.add(place)
-            yield folder, None
-        else:
-            files, folders = _entries(folder, flag, archives)
-            own = run_files(files)
-            if own and folder == root:
-                fail(f"{flag} {root}: holds {own}, as the output of a run does; if it is data, move that "
-                     "away")
-            if own:
-                continue
-            done.add(place)
-            folder, names = os.path.join(folder, ""), sorted([*files, *folders], reverse=True)
-            for is_folder, group in itertools.groupby(names, folders.__contains__):
-                if not is_folder:
-                    todo.append((folder, list(group)[::-1], place))
-                    continue
-                for name in group:
-                    path = folder + name[:-1]
-                    real = os.path.realpath(path) if folders[name] else os.path.join(place, name[:-1])
-                    todo.append((path, None, real))
+        done.add(place)
+        folders[:] = sorted(name for name in folders if name[0] != "." and name != "@eaDir")
+        yield folder, names
 
 
-def _entries(folder: str, flag: str, archives: bool) -> tuple[list[str], dict[str, bool]]:
-    # Names of files in a folder; names, with a slash, of folders and archives that are data: is it a link?
-    files, folders = [], {}
-    try:
-        with os.scandir(folder) as found:
-            for entry in found:
-                try:
-                    is_folder = entry.is_dir()
-                except OSError:  # a link to itself
-                    is_folder = False
-                is_tar = archives and not is_folder and entry.name.lower().endswith(".tar")
-                if is_folder or is_tar and (entry.is_symlink() or entry.is_file()):
-                    if entry.name[0] != "." and entry.name != "@eaDir":
-                        folders[entry.name + os.sep] = entry.is_symlink()
-                else:
-                    files.append(entry.name)
-    except OSError as error:
-        fail(f"{flag} {folder}: cannot be listed: {error.strerror}")
-    return files, folders
+class _Header(tarfile.TarInfo):
+    # Where tarfile takes a damaged header for the end of an archive, this is an error.
 
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_Header":
+        header = super().frombuf(buf, encoding, errors)
+        if header.size < 0 or header.size > 2**20 and header.type in b"LKxXg":
+            raise tarfile.InvalidHeaderError("an absurd size")
+        return header
 
-# Archives: one pass over the headers of a plain tar by any writer (ustar, GNU, pax). Python's tarfile takes
-# three times as long, and where a header is damaged it takes that for the end.
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
+        start = archive.fileobj.tell()
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:
+            raise
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError):
+            raise ValueError("truncated: it lacks the blocks of zeros that end an archive: copy it "
+                             "again") from None
+        except tarfile.HeaderError:
+            raise ValueError(f"damaged at byte {start}: copy it again" if start else
+                             "damaged at byte 0, or no tar archive: copy it again, or move it away") from None
 
 
 def _archive_images(path: str, known: dict, flag: str) -> tuple[tuple[str, int, int], Paths]:
@@ -583,12 +532,14 @@ def _archive_images(path: str, known: dict, flag: str) -> tuple[tuple[str, int, 
         key = os.path.realpath(path), stat.st_size, stat.st_mtime_ns
         if key in known:
             return key, known[key]
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             found = _list_members(file, stat.st_size)
     except OSError as error:
         fail(f"{flag} {path}: cannot be read: {error.strerror}")
     except ValueError as error:
         fail(f"{flag} {path}: {error}")
+    except (tarfile.TarError, RecursionError) as error:  # unexpected end of data; thousands of long names
+        fail(f"{flag} {path}: truncated or damaged: {error}")
     own = {}
     for name in found:
         base = name[name.rfind("/") + 1 :]
@@ -598,60 +549,38 @@ def _archive_images(path: str, known: dict, flag: str) -> tuple[tuple[str, int, 
     no_data = re.compile(r"(.*/)?(\.|@eaDir/)", re.DOTALL)
     names = sorted(name for name in found if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
                    and not no_data.match(name) and not name.startswith(outputs))
-    split = ((name[: name.rfind("/") + 1], name[name.rfind("/") + 1 :]) for name in names)
-    paths = Paths.join((folder, [name for _, name in group])
-                       for folder, group in itertools.groupby(split, operator.itemgetter(0)))
-    rows, paths.folders["archive"] = np.empty(len(paths), MEMBER), 0
-    for column in FILE.names:
-        rows[column] = paths.rows[column]
-    rows["at"], rows["size"] = np.array([found[name] for name in names], np.int64).reshape(-1, 2).T
-    return key, replace(paths, rows=rows)
+    paths = Paths.of(names)
+    rows, paths.archives = paths.rows, [key]
+    rows["archive"], (rows["at"], rows["size"]) = 0, np.reshape([found[name] for name in names], (-1, 2)).T
+    return key, paths
 
 
 def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
     # Name -> where a file's data begin, and how many bytes; of several of one name the last, as tar has it.
-    found, links, shared, own, here = {}, {}, {}, {}, 0
-    while True:
-        head, start = read_at(file, 512, here), here
-        kind, size, here = head[156:157], _tar_number(head[124:136]), here + 512
-        if head.count(0) == 512:
-            if read_at(file, 2**20, here).strip(b"\0"):
-                raise ValueError("has data after its end, as archives joined by cat do: join them by tar -A")
-            break
-        _check_header(head, size, start)
-        if kind in b"LKxXg":  # of the next member: GNU's long names, pax; of all that follow: pax
-            data, here = read_at(file, size, here), here + -(-size // 512) * 512
-            if kind in b"LK":
-                own[b"path" if kind == b"L" else b"linkpath"] = data.split(b"\0")[0]
-            else:
-                records = _pax_records(data, start)
-                if kind in b"xX":
-                    own.update(records)
-                else:  # a path, target or size of all members is absurd
-                    shared.update((key, b"") for key in records if key.startswith(b"GNU.sparse"))
-            continue
-        more, own = {**shared, **own} if shared else own, {}
-        prefix = head[345:500].split(b"\0")[0] if head[257:263] == b"ustar\0" else b""
-        path = more.get(b"path", prefix + b"/" * bool(prefix) + head[:100].split(b"\0")[0])
-        name = _plain_name(os.fsdecode(path))
-        if kind == b"S" or more and any(key.startswith(b"GNU.sparse") for key in more):
+    head, found, links = file.read(6), {}, {}
+    if packer := next((name for magic, name in PACKERS.items() if head.startswith(magic)), None):
+        raise ValueError(f"a compressed archive: unpack it to a plain one ({packer} -dc OLD > NEW.tar)")
+    file.seek(0)
+    archive = tarfile.TarFile(fileobj=file, tarinfo=_Header, errors="surrogateescape")
+    while member := archive.next():
+        archive.members.clear()  # it keeps them all
+        name = _plain_name(member.name)
+        if member.issparse():
             raise ValueError(f"{name}: a sparse file: make the archive without --sparse")
-        if b"size" in more:
-            size = int(more[b"size"]) if re.fullmatch(rb"\d{1,18}", more[b"size"]) else -1
-        target = os.fsdecode(more.get(b"linkpath", head[157:257].split(b"\0")[0])) if kind in b"12" else ""
-        linked = found.get(_plain_name(target), (0, 0))
+        linked = found.get(_plain_name(member.linkname), (0, 0))
         found.pop(name, None)
         links.pop(name, None)
-        if kind in b"0\0007" and path[-1:] != b"/":
-            found[name] = here, size
-        elif kind == b"1":  # a hard link to a member before it
-            found[name] = linked
-        elif kind == b"2":
-            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), target))
-        if kind not in b"123456":  # which have no data
-            if not 0 <= size <= end - here:
+        if member.isreg():
+            if not 0 <= member.size <= end - member.offset_data:
                 raise ValueError(f"truncated or damaged: {name} is incomplete: copy it again")
-            here += -(-size // 512) * 512
+            found[name] = member.offset_data, member.size
+        elif member.islnk():  # a hard link to a member before it
+            found[name] = linked
+        elif member.issym():
+            links[name] = posixpath.normpath(posixpath.join(posixpath.dirname(name), member.linkname))
+    file.seek(archive.offset)
+    if file.read(2**20).strip(b"\0"):
+        raise ValueError("has data after its end, as archives joined by cat do: join them by tar -A")
     for name, path in links.items():  # symbolic ones; those that lead elsewhere: at 0, where no data begin
         for _ in range(40):
             path = links.get(path, path)
@@ -659,80 +588,32 @@ def _list_members(file: BinaryIO, end: int) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _check_header(head: bytes, size: int, start: int) -> None:
-    # Raises ValueError where there is no header, or an absurd one, at byte `start` of an archive.
-    rest = _tar_number(head[148:156]) - 256 - sum(head[:148].translate(None, b"\0")) - sum(
-        head[156:].translate(None, b"\0"))
-    if not rest and len(head) == 512 and 0 <= size and (size <= 2**20 or head[156:157] not in b"LKxXg"):
-        return
-    packer = next((name for magic, name in PACKERS.items() if head.startswith(magic)), None)
-    if packer and not start:
-        raise ValueError(f"a compressed archive: unpack it to a plain one ({packer} -dc OLD > NEW.tar)")
-    if len(head) < 512:
-        raise ValueError("truncated: it lacks the blocks of zeros that end an archive: copy it again")
-    if start or not rest:
-        raise ValueError(f"damaged at byte {start}: copy it again")
-    raise ValueError("no tar archive, whatever its name: move it away")
-
-
 def _plain_name(path: str) -> str:
     return "/".join([part for part in path.split("/") if part and part != "."])
-
-
-def _tar_number(field: bytes) -> int:
-    # Octal digits, or after a byte of 128 a number of base 256; -1 for neither.
-    if field[:1] == b"\x80":
-        return int.from_bytes(field[1:], "big")
-    digits = field.split(b"\0")[0].strip() or b"0"
-    return -1 if digits.strip(b"01234567") else int(digits, 8)
-
-
-def _pax_records(data: bytes, start: int) -> dict[bytes, bytes]:
-    # Of lines `length key=value`.
-    records, here = {}, 0
-    while here < len(data):
-        match = re.compile(rb"(\d{1,7}) ([^=]+)=").match(data, here)
-        stop = here + int(match[1]) if match else 0
-        if not match or not match.end() < stop <= len(data) or data[stop - 1] != 10:
-            raise ValueError(f"damaged at byte {start}: copy it again")
-        records[match[2]] = data[match.end() : stop - 1]
-        here = stop
-    return records
 
 
 def write_listings(path: Path, listings: Iterable[Paths]) -> None:
     """Keeps the images of archives for the next start."""
     every = Paths.join(listings)
-    parts = {"text": every.text, "rows": every.rows, "folders": every.folders,
-             "archives": np.frombuffer(json.dumps(every.archives).encode(), np.uint8)}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: np.savez(file, **parts))
+    archives = np.frombuffer(json.dumps(every.archives).encode(), np.uint8)
+    write_atomically(path, lambda file: np.savez(file, text=every.text, rows=every.rows, archives=archives))
 
 
 def read_listings(path: Path) -> dict[tuple[str, int, int], Paths]:
-    """What write_listings kept, by path, size and time; nothing where the file is inconsistent."""
+    """What write_listings kept, by path, size and time; nothing where the file is damaged or of old."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if sum(entry.file_size for entry in file.zip.infolist()) > os.path.getsize(path):
-                return {}  # nothing is compressed
-            text, rows, folders = (file[name] for name in ("text", "rows", "folders"))
-            archives = [(str(name), int(size), int(time)) for name, size, time in
-                        json.loads(file["archives"].tobytes())]
-        kinds = [(part.ndim, part.dtype) for part in (text, rows, folders)]
-        if kinds != [(1, np.uint8), (1, MEMBER), (1, FOLDER)]:
-            return {}
-        sizes, of = np.array([size for _, size, _ in archives], np.int64), folders["archive"][rows["folder"]]
-        numbers = [*(rows[name] for name in MEMBER.names), *(folders[name] for name in FOLDER.names)]
-        fits = [*((part >= 0).all() for part in (*numbers, np.diff(of))),
-                *((part["start"] <= len(text) - part["length"]).all() for part in (rows, folders)),
-                (np.diff(rows["start"]) == rows["length"][:-1]).all(),
-                (rows["size"] <= sizes[of] - rows["at"]).all()]
-        bounds = np.searchsorted(of, np.arange(len(archives) + 1))
+        with np.load(path, allow_pickle=False) as file:  # a zip archive with checksums
+            text, rows = file["text"], file["rows"].astype(ROW, casting="no")
+            archives = [tuple(key) for key in json.loads(file["archives"].tobytes())]
+        ends = np.append(rows["start"], len(text))
+        bounds, parts = np.searchsorted(rows["archive"], np.arange(len(archives) + 1)).tolist(), {}
+        for key, a, b in zip(archives, bounds[:-1], bounds[1:], strict=True):
+            parts[key] = Paths(text[ends[a] : ends[b]], rows[a:b].copy(), [key])
+            parts[key].rows["start"] -= ends[a]
+            parts[key].rows["archive"] = 0
+        return parts
     except Exception:  # no such file, or one damaged in any way: the archives are listed again
         return {}
-    return {key: Paths(text, rows[a:b], folders, [key])
-            for key, a, b in zip(archives, bounds[:-1], bounds[1:], strict=True)} if all(fits) else {}
 
 
 class Member(str):
@@ -900,7 +781,9 @@ def _in_words(path: str | Path) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
             raise  # not the image's fault
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if not isinstance(error, (ValueError, OSError, RuntimeError)):  # an unexpected one of a decoder
+        if isinstance(error, MemoryError):
+            reason = f"too little memory to read it: {reason}"
+        elif not isinstance(error, (ValueError, OSError, RuntimeError)):  # an unexpected one of a decoder
             reason = f"damaged ({type(error).__name__}: {reason})"
         raise UnreadableImageError(f"{path}: {reason}") from error
 
@@ -981,6 +864,9 @@ def _read_bands(raster: _Raster, in_chans: int, bands: Sequence[int] | None,
     if len(chosen) != in_chans and not grey_or_rgb:
         alpha = f" ({len(raster.alpha)} of them alpha)" if raster.alpha else ""
         count = f"{raster.bands} band{'s' * (raster.bands > 1)}{alpha}"
+        if raster.width == in_chans and not bands:
+            raise ValueError(f"{raster.height} x {raster.width} pixels of {count}: if H, W and bands are "
+                             "mixed up, write it by tifffile with planarconfig='contig'")
         raise ValueError(f"{count}, not {in_chans}: give --in_chans {raster.bands}, or choose with --bands")
     if chosen != every:
         pixels, valid = (x if x is None else x[:, :, chosen] for x in (pixels, valid))
@@ -1014,7 +900,7 @@ def _open_pillow(file: BinaryIO) -> _Raster:
             pixels = imagecodecs.png_decode(file.read())
         else:
             pixels = np.array(image if image.mode == mode else image.convert(mode))
-        return np.atleast_3d(pixels)[rows, columns], None
+        return np.atleast_3d(pixels)[rows, columns, :bands], None  # more: tRNS as alpha, by libpng
 
     return _Raster(image.height, image.width, bands, read, bands > 2, [bands - 1] * (bands in (2, 4)))
 
@@ -1071,7 +957,8 @@ def _open_tiff(file: BinaryIO) -> _Raster:
     pages, places, numbers = [], set(), 0
     for page in tifffile.TiffFile(file).pages:
         page = page.aspage()
-        numbers += sum(tag.count for tag in page.tags)  # several pages may point to the same
+        # Several pages may point to the same places.
+        numbers += sum(tag.count for tag in page.tags if tag.code in (273, 279, 324, 325))
         if page.offset in places or numbers > 2**25:
             raise ValueError("a TIFF whose pages form a loop" if page.offset in places else
                              "a TIFF of too many strips, tiles or pages")
@@ -1386,7 +1273,8 @@ def measure_pixels(samples: Samples, count: int = 256) -> PixelStats:
     n, m, s = (np.array(part, np.float64) for part in zip(*own, strict=True))
     mean = n @ m / n.sum()
     std = np.sqrt((s.sum(0) + n @ (m - mean) ** 2) / n.sum())
-    std = [float(f"{value:.6g}") or 1.0 for value in std]  # 1 for a constant band
+    # 1 for a constant band, whose deviation rounding makes 1e-17.
+    std = [float(f"{s:.6g}") if s > 1e-9 * abs(m) else 1.0 for m, s in zip(mean, std, strict=True)]
     mean = [round(m, 5 - math.floor(math.log10(s))) for m, s in zip(mean.tolist(), std, strict=True)]
     return PixelStats(torch.uint8 if dtype == np.uint8 else torch.float32, mean, std, list(sides))
 
@@ -1871,7 +1759,7 @@ def build_backbone(arch: str, img_size: int | tuple[int, int], patch_size: int |
         the model; its attribute `model_args` holds what timm.create_model needs beside the name to build it
         again, `built_for` is `img_size`.
     """
-    if not timm.is_model(arch):
+    if not timm.is_model(arch) or "." in arch and not timm.list_pretrained(arch):
         fail(f"--arch {arch}: timm has no such model{_close_names(arch)}")
     own = {"patch_size": patch_size} if patch_size else {}
     own |= {"in_chans": in_chans} if in_chans != 3 else {}
@@ -1907,7 +1795,11 @@ def swin_size(arch: str, img_size: int | tuple[int, int]) -> int | tuple[int, in
 
 def patch_multiple(backbone: nn.Module) -> int:
     """The side in pixels that crops must be a multiple of: the patch of a transformer, 1 for other nets."""
-    return timm.layers.to_2tuple(getattr(getattr(backbone, "patch_embed", None), "patch_size", 1))[0]
+    embed = getattr(backbone, "patch_embed", None)
+    proj = getattr(embed, "proj", None)
+    if isinstance(proj, nn.Conv2d) and proj.kernel_size != proj.stride:  # overlapping patches, as PVT's
+        return 1
+    return timm.layers.to_2tuple(getattr(embed, "patch_size", 1))[0]
 
 
 def read_weights(source: str, checkpoint_key: str | None = None, flag: str = "--weights",
@@ -2353,8 +2245,6 @@ def write_atomically(path: Path, write: Callable) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)  # half of a file only takes the space
-
-
 
 
 def make_output_dir(folder: str, process: Process) -> Path:

@@ -503,6 +503,11 @@ def check_patches(backbones: list[Backbone]) -> None:
     for backbone in backbones:
         if backbone.img_size % (multiple := common.patch_multiple(backbone.model)):
             common.fail(f"--img_size {backbone.img_size}: must be a multiple of the patch, {multiple}")
+        try:
+            with torch.no_grad():
+                backbone.model.eval()(torch.zeros(1, len(backbone.mean), *[backbone.img_size] * 2))
+        except Exception as error:  # a net built for one size, as BEiT and MLP-Mixer are
+            common.fail(f"--img_size {backbone.img_size}: {backbone.arch} cannot take it: {error}")
 
 
 def center_and_spread(x: Tensor) -> tuple[Tensor, Tensor]:

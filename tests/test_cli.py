@@ -166,6 +166,7 @@ BAD_TRAINING = [
     (["--data_path", "EMPTY"], "no image in it"),
     (["--data_path", "BROKEN"], "none of the images looked at is readable"),
     (["--arch", "resnet19"], "--arch resnet19: timm has no such model; close: resnet1"),
+    (["--arch", "resnet18.bogus"], "--arch resnet18.bogus: timm has no such model; close: resnet18"),
     (["--batch_size_per_gpu", "31"], "31: the effective batch, 31, is larger than the data, 30"),
     (["--batch_size_per_gpu", "8", "--accum_steps", "4"], "the effective batch, 32, is larger"),
     (["--epochs", "2", "--warmup_epochs", "2"], "--warmup_epochs 2: must be less than --epochs 2"),
@@ -286,6 +287,10 @@ BAD_EVALUATION = [
     (
         ["--weights", "random", "--arch", "test_vit", "--patch_size", "8", "--img_size", "30"],
         "must be a multiple of the patch, 8",
+    ),
+    (
+        ["--weights", "random", "--arch", "mixer_s32_224", "--img_size", "32"],
+        "--img_size 32: mixer_s32_224 cannot take it: Input height (32) doesn't match model (224)",
     ),
 ]
 

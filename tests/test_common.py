@@ -446,7 +446,8 @@ def test_export_survives_what_a_killed_one_left(tmp_path):
 
 @pytest.mark.parametrize(
     "arch, patch",
-    [("test_vit", 16), ("swin_tiny_patch4_window7_224", 4), ("test_resnet", 1), ("xcit_nano_12_p16_224", 16)],
+    [("test_vit", 16), ("swin_tiny_patch4_window7_224", 4), ("test_resnet", 1), ("xcit_nano_12_p16_224", 16),
+     ("pvt_v2_b0", 1)],  # whose patches overlap
 )
 def test_patch_multiple(arch, patch):
     assert common.patch_multiple(common.build_backbone(arch, 224)) == patch

@@ -4,7 +4,9 @@ import argparse
 import itertools
 import os
 import re
+import struct
 import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -124,6 +126,18 @@ def test_one_band_and_pages_are_bands_overviews_are_not(tmp_path):
         tiff.write(array, photometric=GREY, planarconfig="contig")
         tiff.write(array[:, :, 2::-1], photometric=GREY, planarconfig="contig")
     assert_reads(tmp_path / "two.tif", np.dstack([array, array[:, :, 2::-1]]), 9)
+
+
+def test_rows_of_pixels_as_pages_are_named(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", numbers(30, 16, 13), photometric=GREY)  # 30 pages of 16 x 13
+    with pytest.raises(UnreadableImageError, match="16 x 13 pixels of 30 bands: if H, W and bands are mixed"):
+        read_image(tmp_path / "a.tif", 13)
+
+
+def test_a_large_private_tag_is_no_damage(tmp_path):
+    layers = (37724, "B", 2**26, bytes(2**26), True)  # those of Photoshop
+    write(tmp_path / "a.tif", numbers(20, 24, 3), photometric=RGB, extratags=[layers])
+    assert_reads(tmp_path / "a.tif", numbers(20, 24, 3))
 
 
 def test_extra_samples_are_alpha_or_data(tmp_path):
@@ -327,6 +341,23 @@ def test_npy_both_ways(tmp_path):
         read_image(tmp_path / "hwc.npy")
 
 
+@pytest.mark.parametrize("C, kind", [(1, 0), (3, 2)])
+def test_a_png_of_16_bit_with_a_transparent_colour(tmp_path, C, kind):
+    array, parts = numbers(20, 24, C, dtype="u2"), [b"\x89PNG\r\n\x1a\n"]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    for name, data in ((b"IHDR", struct.pack(">2I5B", 24, 20, 16, kind, 0, 0, 0)), (b"tRNS", bytes(2 * C)),
+                       (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+        parts += [struct.pack(">I", len(data)), name, data, struct.pack(">I", zlib.crc32(name + data))]
+    (tmp_path / "a.png").write_bytes(b"".join(parts))
+    assert_reads(tmp_path / "a.png", array, C)
+
+
+def test_a_png_of_more_pixels_than_pillow_allows_by_default(tmp_path, recwarn):
+    Image.new("1", (14_000, 13_000)).save(tmp_path / "a.png")
+    assert common.image_size(tmp_path / "a.png") == (13_000, 14_000) and not recwarn
+    assert read_image(tmp_path / "a.png", 1, window=(5, 6, 7, 8)).shape == (1, 7, 8)
+
+
 @pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.bmp", "a.webp"])
 def test_8_bit_rgb_is_what_pillow_decodes_in_the_same_memory(tmp_path, name):
     y, x = np.mgrid[:40, :56]
@@ -492,6 +523,15 @@ def test_mean_and_std_are_measured_on_valid_pixels_and_can_be_pasted_back(tmp_pa
     found = common.measure_pixels(Samples([str(tmp_path / f"{i}.tif") for i in range(6)], 1))
     values = (1e7 + numbers(6, 30, 20, dtype="i4") / 2**26).astype(np.float32).astype(np.float64)
     assert abs(found.mean[0] - values.mean()) < 1e-4 * values.std()
+
+
+def test_a_constant_band_has_a_deviation_of_1(tmp_path):
+    array = numbers(33, 35, 2)
+    array[:, :, 1] = 7  # as quality bands have it; 7 / 255 is no float32
+    for i in range(20):
+        np.save(tmp_path / f"{i}.npy", array)
+    found = common.measure_pixels(Samples(common.list_images(tmp_path), 2))
+    assert found.std[1] == 1 and abs(found.std[0] - array[:, :, 0].std() / 255) < 1e-4
 
 
 @pytest.mark.parametrize("mean, std, fits", [(-2.6e6, 4e4, True), (-2.7e6, 9e4, True), (0.4, 0.1, False),

@@ -387,7 +387,7 @@ def bad_images(folder, good):
     Image.fromarray(pixels(c=1)[:, :, 0].astype(np.float32)).save(folder / "float.tif")
     image = Image.fromarray(pixels())
     image.save(folder / "bands.tif", save_all=True, append_images=[image])
-    Image.new("L", (30_000, 30_000)).save(folder / "bomb.png", compress_level=1)
+    Image.new("1", (40_000, 40_000)).save(folder / "bomb.png", compress_level=1)
     os.symlink(folder / "nowhere.png", folder / "dangling.png")
     return {
         "empty.jpg": "cannot identify image file",
@@ -397,7 +397,7 @@ def bad_images(folder, good):
         "deep.png": "1 band, not 3",
         "float.tif": "1 band, not 3",
         "bands.tif": "6 bands, not 3",
-        "bomb.png": "exceeds limit",
+        "bomb.png": "are too many to read at once",
         "dangling.png": "No such file",
     }
 
